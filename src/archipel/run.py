@@ -1,0 +1,113 @@
+"""A run: a folder whose files are the whole state. This module knows its paths and nothing about mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from archipel import config as configuration
+from archipel import store
+from archipel.config import RunConfig
+from archipel.errors import ArchipelError, MissingStageError
+
+MONOLITH = "monolith"
+ROUTER = "router"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run. ``id`` is the sha256 of ``run.toml``; every card names it."""
+
+    root: Path
+    config: RunConfig
+    id: str
+
+    @classmethod
+    def open(cls, root: Path | str) -> Run:
+        """Open an existing run. Raises ArchipelError where there is none or its format is newer."""
+        root = Path(root)
+        if not root.exists():
+            raise ArchipelError(f"there is no run at {root}: make one with `archipel init {root}`")
+        config, run_id = configuration.read(root / "run.toml")
+        return cls(root, config, run_id)
+
+    @classmethod
+    def create(cls, root: Path | str, config: RunConfig) -> Run:
+        """Write ``run.toml``. A folder that already holds another run, or anything else, is left untouched and refused."""
+        root = Path(root)
+        path = root / "run.toml"
+        if path.exists():
+            raise ArchipelError(f"{root} already holds a run: continue it with `archipel run {root}`, or choose another folder")
+        if root.is_file():
+            raise ArchipelError(f"{root} is a file: a run is a folder")
+        if root.exists() and any(root.iterdir()):
+            raise ArchipelError(f"{root} is not empty and holds no run: choose another folder")
+        store.write_text(path, configuration.to_toml(config))
+        return cls.open(root)
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [str(k) for k in range(self.config.partition.k)]
+
+    @property
+    def job_names(self) -> list[str]:
+        """Everything that is trained: experts, the monolith, the router."""
+        return [*self.expert_names, MONOLITH, ROUTER]
+
+    @property
+    def clips(self) -> Path:
+        return self.root / "clips"
+
+    @property
+    def manifest(self) -> Path:
+        return self.clips / "manifest.parquet"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def codec(self) -> Path:
+        """The fitted codec: needed to generate, small, and therefore apart from the cache."""
+        return self.root / "codec"
+
+    @property
+    def partition(self) -> Path:
+        return self.root / "partition"
+
+    def shard(self, name: str) -> Path:
+        """What one job trains on: a cluster's shard for an expert, ``all`` for the monolith and the router."""
+        return self.root / "shards" / ("all" if name in (MONOLITH, ROUTER) else name)
+
+    def expert(self, name: str) -> Path:
+        """Folder of an expert, the monolith or the router. Raises ArchipelError naming the jobs there are."""
+        if name not in self.job_names:
+            raise ArchipelError(f"{name!r} is not a job of this run: it has {', '.join(self.job_names)}")
+        return self.root / ROUTER if name == ROUTER else self.root / "experts" / name
+
+    def samples(self, protocol: str) -> Path:
+        return self.root / "samples" / protocol
+
+    def scores(self, protocol: str) -> Path:
+        return self.root / "scores" / f"{protocol}.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def log(self, stage: str) -> Path:
+        return self.root / "logs" / f"{stage}.log"
+
+    def done(self, folder: Path) -> bool:
+        """Whether a folder was committed by this run (a card of another run id does not count)."""
+        card = store.read_card(folder)
+        return card is not None and card.get("run") == self.id
+
+    def need(self, folder: Path, stage: str) -> None:
+        """Raise MissingStageError naming the stage to run where ``folder`` is not committed."""
+        if not self.done(folder):
+            raise MissingStageError(f"{folder} is not finished: run `archipel {stage} {self.root}` first")
