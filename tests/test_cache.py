@@ -156,7 +156,7 @@ def test_items_may_be_refused_even_a_whole_shard_of_them(tmp_path: Path) -> None
 
 
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchipelError, match="unequal numbers of rows.*'a': 5"):
+    with pytest.raises(ArchipelError, match="unequal numbers of rows"):
         build(tmp_path, lambda begin, end: {"a": np.zeros(5), "b": np.zeros(4)})
     with pytest.raises(ArchipelError, match="unequal"):
         build(tmp_path, lambda begin, end: {"a": np.zeros(())})
