@@ -30,7 +30,7 @@ class MissingStageError(ArchipelError):
     """A stage needs files of an earlier stage that are not there yet."""
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - it is no error
     """Work was asked to stop (Ctrl-C, SIGTERM or --for) and has kept everything; not a failure.
 
     ``interrupted`` is True for signals (exit 130) and False where the stop was asked for in advance (exit 0).

@@ -72,7 +72,9 @@ class Progress:
             self._bar.stop()
         elif kind is None:
             print(f"{self.label}: {self.done}/{self.total} in {seconds_text(elapsed)}", file=sys.stderr, flush=True)
-        logger.info("%s: %d/%d in %.1f s%s", self.label, self.done, self.total, elapsed, "" if kind is None else " (stopped)")
+        logger.info(
+            "%s: %d/%d in %.1f s%s", self.label, self.done, self.total, elapsed, "" if kind is None else " (stopped)"
+        )
 
     def advance(self, units: int = 1, note: str = "") -> None:
         self.update(self.done + units, note)
@@ -86,7 +88,9 @@ class Progress:
             self._show()
         elif time.monotonic() - self._said >= _QUIET_EVERY:
             self._said = time.monotonic()
-            print(f"{self.label}: {self.done}/{self.total}, {self.left()} left {self.note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {self.done}/{self.total}, {self.left()} left {self.note}", file=sys.stderr, flush=True
+            )
 
     def left(self) -> str:
         made = self.done - self._first
@@ -152,4 +156,6 @@ class StopFlag:
         """The exception to raise once everything is saved."""
         if self.signal is not None:
             return Stopped(f"{what} was interrupted; everything is kept, start it again to continue")
-        return Stopped(f"{what} reached its time limit; everything is kept, start it again to continue", interrupted=False)
+        return Stopped(
+            f"{what} reached its time limit; everything is kept, start it again to continue", interrupted=False
+        )

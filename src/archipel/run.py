@@ -37,7 +37,9 @@ class Run:
         root = Path(root)
         path = root / "run.toml"
         if path.exists():
-            raise ArchipelError(f"{root} already holds a run: continue it with `archipel run {root}`, or choose another folder")
+            raise ArchipelError(
+                f"{root} already holds a run: continue it with `archipel run {root}`, or choose another folder"
+            )
         if root.is_file():
             raise ArchipelError(f"{root} is a file: a run is a folder")
         if root.exists() and any(root.iterdir()):

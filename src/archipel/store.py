@@ -160,7 +160,11 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{path}: tensor {name!r} has an unusable header entry ({error!r})") from error
         count = int(np.prod(shape, dtype=np.int64))
-        if min(shape, default=0) < 0 or end - begin != count * dtype.itemsize or not 0 <= begin <= end <= size - 8 - length:
+        if (
+            min(shape, default=0) < 0
+            or end - begin != count * dtype.itemsize
+            or not 0 <= begin <= end <= size - 8 - length
+        ):
             raise DamagedError(f"{path}: tensor {name!r} does not fit into the file")
         if count == 0:
             tensors[name] = np.empty(shape, dtype)

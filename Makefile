@@ -1,0 +1,49 @@
+# Archipel's commands. `make demo` and `make test` set up all they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-system check bench docs clean
+
+help:
+	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"
+	@echo "make test         the tests (no root, no network beyond the installation)"
+	@echo "make check        ruff, types, import directions"
+	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
+	@echo "make bench        the head-to-heads"
+	@echo "make docs         the generated pages of docs/"
+
+# Installed anew only when what is declared has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Archipel needs Python 3.11 or newer; set PYTHON=python3.12, for example"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+setup: $(STAMP)
+
+demo: setup
+	$(BIN)/archipel demo demo
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not system"
+
+test-system: setup
+	./.ci/system-packages
+	$(BIN)/python -m pytest -q -m system
+
+check: setup
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config .importlinter
+
+bench: setup
+	$(BIN)/python -m bench
+
+docs: setup
+	$(BIN)/python -m archipel.docs
+
+clean:
+	rm -rf $(VENV) build dist

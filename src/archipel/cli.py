@@ -1,0 +1,452 @@
+"""The command line: one verb per stage; parsing and printing only. Everything heavy is imported inside a verb."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from archipel import __version__
+from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
+
+app = typer.Typer(
+    name="archipel",
+    help="Train one text-to-video diffusion model on machines that never talk to each other, and generate with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(name="cache", help="The user's cache folder: downloaded clips.", no_args_is_help=True)
+app.add_typer(cache_app)
+
+RunPath = Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, for example expert.steps=2000; repeatable.")
+]
+
+
+# typer brought its own copy of click at some version; the base of its usage errors is found by name in either case.
+_USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    log_level: Annotated[
+        str, typer.Option("--log-level", help="debug, info, warning or error, on the screen.")
+    ] = "warning",
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    import logging
+
+    if version:
+        print(f"archipel {__version__}")
+        raise typer.Exit
+    level = getattr(logging, log_level.upper(), None)
+    if not isinstance(level, int):
+        raise ArchipelError(f"--log-level {log_level!r} is not one of debug, info, warning, error")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(level)
+    logger = logging.getLogger("archipel")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(source: str | None, preset: str, data: str, sets: list[str] | None) -> Any:
+    from archipel import pipeline
+
+    return pipeline.resolve(source=source, preset=preset, data=data, sets=sets or [])
+
+
+@app.command()
+def init(
+    run: RunPath,
+    source: Annotated[str | None, typer.Option(help="fluent-emoji, shapes, folder, webdataset or huggingface.")] = None,
+    preset: Annotated[str, typer.Option(help="tiny, demo or long: a scale of work.")] = "",
+    data: Annotated[str, typer.Option(help="Folder, tar pattern or data set of the source.")] = "",
+    sets: Sets = None,
+) -> None:
+    """Make a new run: write run.toml."""
+    from archipel.run import Run
+
+    made = Run.create(run, _resolve(source, preset, data, sets))
+    config = made.config
+    say(f"made {run / 'run.toml'} (run {made.id[:12]})")
+    say(
+        f"  {config.clips.source} clips of {config.clips.frames}x{config.clips.size}x{config.clips.size}, "
+        f"{config.partition.k} experts, {config.compute.archipelago_flops / 1e12:.2f} TFLOP of training per arm"
+    )
+    say(f"next: archipel run {run}")
+
+
+@app.command()
+def prepare(run: RunPath, sets: Sets = None) -> None:
+    """Decode clips and cache latents, text embeddings and features."""
+    from archipel import pipeline
+
+    pipeline.prepare(pipeline.open_run(run, sets or []))
+
+
+@app.command()
+def partition(run: RunPath, sets: Sets = None) -> None:
+    """Split the clips into K clusters and write each island's shard."""
+    from archipel import pipeline
+
+    pipeline.partition(pipeline.open_run(run, sets or []))
+
+
+@app.command()
+def train(
+    run: RunPath,
+    expert: Annotated[str, typer.Argument(help="An expert's number, monolith or router.", show_default=False)],
+    for_: Annotated[str | None, typer.Option("--for", help="Stop cleanly after this long: 90s, 30m, 2h.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads (default: what the job began with, else all cores).")
+    ] = None,
+    sets: Sets = None,
+) -> None:
+    """Train one expert, the monolith or the router in this process; continues where it was."""
+    from archipel import pipeline
+
+    _stop_with_parent()
+    seconds = None if for_ is None else parse_duration(for_)
+    pipeline.train(pipeline.open_run(run, sets or []), expert, seconds=seconds, threads=threads)
+
+
+@app.command()
+def route(run: RunPath) -> None:
+    """Train the router where it is missing, and calibrate it on validation."""
+    from archipel import pipeline
+
+    pipeline.route(pipeline.open_run(run))
+
+
+@app.command()
+def evaluate(run: RunPath) -> None:
+    """Score the generated clips of every arm; prints the table."""
+    from archipel import pipeline
+
+    opened = pipeline.open_run(run)
+    pipeline.evaluate(opened)
+    _print_table(opened)
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write the run's page: RUN/report/index.html."""
+    from archipel import pipeline
+
+    say(f"report: {pipeline.report(pipeline.open_run(run))}")
+
+
+@app.command("run")
+def run_(
+    run: RunPath,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per training process.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Do everything that is missing, in order."""
+    from archipel import pipeline
+
+    _run_all(pipeline.open_run(run, sets or []))
+
+
+def _run_all(opened: Any) -> None:
+    from archipel import pipeline
+
+    page = pipeline.run_all(opened)
+    _print_table(opened)
+    say(f"report: {page}")
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Argument(help="Where to put the demo's run.")] = Path("demo"),
+    source: Annotated[
+        str, typer.Option(help="fluent-emoji (downloads 190 MB once) or shapes (no network).")
+    ] = "fluent-emoji",
+) -> None:
+    """The main job in minutes: real clips, three experts, a monolith, a router, samples, scores, a report."""
+    from archipel import pipeline
+
+    if not (run / "run.toml").exists():
+        init(run, source=source, preset="demo")
+    _run_all(pipeline.open_run(run))
+
+
+@app.command()
+def status(
+    run: RunPath,
+    json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """What is done and what is missing."""
+    from archipel import pipeline
+
+    found = pipeline.status(pipeline.open_run(run))
+    if json_:
+        import json
+
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", "", title=f"run {found['run'][:12]} in {found['root']}", title_justify="left")
+    for stage in found["stages"]:
+        table.add_row(stage["name"], stage["state"], stage["detail"])
+    jobs = Table("job", "state", "step", "loss")
+    for job in found["jobs"]:
+        loss = "" if job["loss"] is None else f"{job['loss']:.4f}"
+        jobs.add_row(job["name"], job["state"], f"{job['step']}/{job['steps']}", loss)
+    console = Console()
+    console.print(table)
+    console.print(jobs)
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Hold every finished file of a run to its checksum."""
+    from archipel import pipeline
+
+    opened = pipeline.open_run(run)
+    folders, problems = pipeline.verify(opened)
+    for problem in problems:
+        say(f"{problem.path}: {problem.reason}")
+    if problems:
+        raise ArchipelError(
+            f"{len(problems)} of the run's files are not what they were: remove the folders named above and run `archipel run {run}`"
+        )
+    say(f"{folders} folders verified, all as written")
+
+
+def _print_table(opened: Any) -> None:
+    from rich.console import Console
+
+    from archipel.evaluation.stage import rich_table
+
+    Console().print(rich_table(opened))
+
+
+# --- generating ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN] PROMPT", help="The run and the prompt.", show_default=False)
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The run's folder.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="MP4, WebP or GIF file, or a folder for PNG frames.")
+    ] = Path("clip.mp4"),
+    strategy: Annotated[str | None, typer.Option(help="top1, top2, full, threshold, ancestral or monolith.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same build, same bytes.")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Clips to make, with seeds seed, seed + 1, ...")] = 1,
+    scale: Annotated[int, typer.Option(min=1, max=32, help="Enlarge by this whole factor.")] = 4,
+    arms: Annotated[
+        bool, typer.Option("--arms", help="Generate the clips that `evaluate` scores instead of one prompt.")
+    ] = False,
+) -> None:
+    """Generate clips from a prompt: archipel generate RUN "a red ball bounces" -o clip.mp4"""
+    from archipel import pipeline
+
+    words = list(words or [])
+    if arms:
+        pipeline.generate(pipeline.open_run(_only_run(words, run)))
+        return
+    folder, prompt = _run_and_prompt(words, run)
+    opened = pipeline.open_run(folder)
+    from archipel.ensemble.pipeline import Archipelago
+    from archipel.ensemble.video import write_clips
+
+    clips = Archipelago.load(opened.root).generate(
+        [prompt] * count,
+        strategy=strategy,
+        guidance=guidance,
+        steps=steps,
+        seeds=[seed + i for i in range(count)],
+    )
+    for path in write_clips(output, clips.clips, clips.fps, scale=scale):
+        print(path)
+
+
+def _only_run(words: list[str], run: Path | None) -> Path:
+    if run is not None and not words:
+        return run
+    if run is None and len(words) == 1:
+        return Path(words[0])
+    raise ArchipelError("--arms takes a run and no prompt: archipel generate RUN --arms")
+
+
+def _run_and_prompt(words: list[str], run: Path | None) -> tuple[Path, str]:
+    if run is not None:
+        if len(words) != 1:
+            raise ArchipelError('with --run give exactly one prompt: archipel generate --run RUN "a red ball bounces"')
+        return run, words[0]
+    if len(words) == 2:
+        return Path(words[0]), words[1]
+    if len(words) == 1:
+        if Path(words[0]).is_dir():
+            raise ArchipelError(
+                f'{words[0]!r} is a folder: is it the run? Then a prompt is missing: archipel generate {words[0]} "a red ball bounces"'
+            )
+        raise ArchipelError(
+            f"{words[0]!r} was read as the prompt, but which run shall generate it? No model ships with Archipel yet: "
+            f'archipel generate RUN "{words[0][:40]}"'
+        )
+    raise ArchipelError('give a run and one prompt (in quotes): archipel generate RUN "a red ball bounces"')
+
+
+# --- this machine ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, cache and disk: what a bug report needs."""
+    from archipel import doctor as checks
+
+    failed = False
+    for line in checks.examine():
+        failed = failed or not line.fine
+        print(f"{'ok  ' if line.fine else 'FAIL'} {line.name}: {line.detail}")
+    if failed:
+        raise ArchipelError("something above needs attention")
+
+
+@cache_app.command("list")
+def cache_list() -> None:
+    """What lies in the user's cache folder, and how large it is."""
+    from archipel import doctor as checks
+
+    entries = checks.cache_entries()
+    for entry in entries:
+        print(f"{entry.bytes / 1e6:9.1f} MB  {entry.path}")
+    print(f"{sum(e.bytes for e in entries) / 1e6:9.1f} MB  in all, in {checks.cache_folder()}")
+
+
+@cache_app.command("clean")
+def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Remove what was downloaded; it will be fetched again when needed. Runs are not touched."""
+    from archipel import doctor as checks
+
+    entries = checks.cache_entries()
+    if not entries:
+        print(f"nothing to remove in {checks.cache_folder()}")
+        return
+    size = sum(entry.bytes for entry in entries) / 1e6
+    if not yes and not typer.confirm(f"remove {size:.1f} MB from {checks.cache_folder()}?"):
+        return
+    checks.clean_cache()
+    print(f"removed {size:.1f} MB")
+
+
+# --- the edge: durations, signals, errors ----------------------------------------------------------------------------
+
+
+def parse_duration(text: str) -> float:
+    """``90s``, ``30m``, ``2h`` or plain seconds -> seconds, above 0. Raises ArchipelError."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise ArchipelError(f"--for {text!r} is not a duration above 0 such as 90s, 30m or 2h")
+    return seconds
+
+
+def _stop_with_parent() -> None:
+    """A launcher's child watches its standard input: when it closes, the launcher is gone, and the child stops cleanly."""
+    if os.environ.get("ARCHIPEL_STOP_WITH_PARENT") != "1":
+        return
+    import signal
+    import threading
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="stop-with-parent").start()
+
+
+def _os_error(error: OSError) -> str | None:
+    """A sentence for the errors of a machine that a person can do something about."""
+    import errno
+
+    where = f" at {error.filename}" if error.filename else ""
+    known = {
+        errno.ENOSPC: f"the disk is full{where}: free some space and start the same command again; what was finished is kept",
+        errno.EDQUOT: f"the disk quota is used up{where}: free some space and start the same command again; what was finished is kept",
+        errno.EROFS: f"the folder is read-only{where}: choose one that can be written",
+        errno.EACCES: f"no permission{where}: choose a folder that you may read and write",
+        errno.EPERM: f"not permitted{where}: choose a folder that you may read and write",
+        errno.ENOTDIR: f"a part of the path is a file, not a folder{where}",
+        errno.EISDIR: f"that is a folder, a file was expected{where}",
+        errno.ENAMETOOLONG: "a path is longer than this system allows",
+    }
+    return known.get(error.errno or 0)
+
+
+def _message(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, ArchipelError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, Stopped):
+        return str(error), EXIT_INTERRUPTED if error.interrupted else 0
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was finished is kept, start it again to continue", EXIT_INTERRUPTED
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("archipel"):
+        return (
+            f"error: the package {error.name!r} is not installed: pip install 'archipel[all]' brings everything",
+            EXIT_WRONG_INPUT,
+        )
+    if isinstance(error, OSError) and (text := _os_error(error)):
+        return f"error: {text}", EXIT_WRONG_INPUT
+    return (
+        f"internal error: {type(error).__name__}: {error}\nThis is a fault in Archipel. ARCHIPEL_DEBUG=1 shows the traceback; "
+        "please report it with the output of `archipel doctor`.",
+        EXIT_INTERNAL,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 a fault of ours, 2 wrong use or input, 130 interrupted with everything kept."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(EXIT_WRONG_INPUT)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        text, code = _message(error)
+        say(text)
+        if os.environ.get("ARCHIPEL_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What can be known to be impossible is refused, naming the key, the value and the nearest value that works."""
+
+from __future__ import annotations
+
+from archipel.config.schema import Backbone, RunConfig
+from archipel.errors import ConfigError
+
+
+def _nearest_multiple(value: int, step: int) -> str:
+    below, above = value // step * step, (value // step + 1) * step
+    return str(above) if below < 1 else f"{below} or {above}"
+
+
+def _check_transformer(name: str, part: Backbone) -> None:
+    if part.width % part.heads:
+        raise ConfigError(
+            f"{name}.width = {part.width} is not divisible by {name}.heads = {part.heads}: "
+            f"the nearest widths that work are {_nearest_multiple(part.width, part.heads)}"
+        )
+    head, axes = part.width // part.heads, part.rope_axes
+    if sum(axes) != head or any(axis % 2 or axis <= 0 for axis in axes):
+        fit = rope_axes_for(head)
+        advice = (
+            f"{list(fit)} fits"
+            if fit
+            else f"a head width of {head} cannot be split into three even parts; use 8 or more, even"
+        )
+        raise ConfigError(
+            f"{name}.rope_axes = {list(axes)} must be even, positive and sum to the head width "
+            f"{name}.width / {name}.heads = {head}: {advice}"
+        )
+
+
+def rope_axes_for(head: int) -> tuple[int, int, int] | None:
+    """A split of a head's width into even parts for time, height, width: time about a quarter; None where impossible."""
+    if head % 2 or head < 6:
+        return None
+    time = max(2, head // 8 * 2)
+    if (head - time) % 4:
+        time += 2
+    side = (head - time) // 2
+    return (time, side, side) if side >= 2 and side % 2 == 0 else None
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work, as far as it can be known without looking at the clips. Raises ConfigError."""
+    clips, codec = config.clips, config.codec
+    pt, ph, pw = codec.patch
+    if min(codec.patch) < 1:
+        raise ConfigError(f"codec.patch = {list(codec.patch)} must hold positive numbers, for example [4, 8, 8]")
+    if clips.frames % pt:
+        raise ConfigError(
+            f"clips.frames = {clips.frames} is not divisible by the temporal patch codec.patch[0] = {pt}: "
+            f"the nearest that works is {_nearest_multiple(clips.frames, pt)}"
+        )
+    for axis, size in (("height", ph), ("width", pw)):
+        if clips.size % size:
+            raise ConfigError(
+                f"clips.size = {clips.size} is not divisible by the patch's {axis} {size} (codec.patch): "
+                f"the nearest that works is {_nearest_multiple(clips.size, size)}"
+            )
+    numbers = 3 * pt * ph * pw
+    if codec.kind == "patch-pca" and codec.channels > numbers:
+        raise ConfigError(
+            f"codec.channels = {codec.channels} is more than a block's {numbers} numbers: at most {numbers}"
+        )
+    if abs(sum(clips.split) - 1) > 1e-6 or min(clips.split) < 0 or clips.split[0] <= 0:
+        raise ConfigError(
+            f"clips.split = {list(clips.split)} must be shares that sum to 1, the first above 0, such as [0.7, 0.1, 0.2]"
+        )
+    if clips.source in ("folder", "webdataset", "huggingface") and not clips.path:
+        raise ConfigError(f"clips.path is empty, but clips.source = {clips.source!r} needs one: give --data PATH")
+    if clips.source == "fluent-emoji" and (not clips.packages or any(p not in (1, 2, 3, 4) for p in clips.packages)):
+        raise ConfigError(f"clips.packages = {list(clips.packages)} must name packages among 1, 2, 3, 4, such as [3]")
+    _check_transformer("expert", config.expert)
+    _check_transformer("router", config.router)
+    if config.expert.double_blocks + config.expert.single_blocks < 1:
+        raise ConfigError("expert.double_blocks and expert.single_blocks are both 0: at least one block is needed")
+    if clips.source == "shapes":
+        check_count(config, clips.count or 240)
+    _check_circle(config)
+    if config.evaluate.frames > clips.frames:
+        raise ConfigError(
+            f"evaluate.frames = {config.evaluate.frames} is more than clips.frames = {clips.frames}: at most {clips.frames}"
+        )
+    if "top2" in config.evaluate.arms and config.partition.k < 2:
+        raise ConfigError("evaluate.arms names top2, but partition.k = 1: take it out or use k of 2 or more")
+
+
+def _check_circle(config: RunConfig) -> None:
+    """The primary metric's extractor must not be the one that made the partition (no circles)."""
+    partition, primary = config.partition, config.evaluate.primary
+    if partition.method == "kmeans" and f"-{partition.features}" in primary:
+        other = "transnet" if partition.features == "efficientnet" else "efficientnet-appearance"
+        raise ConfigError(
+            f"evaluate.primary = {primary!r} judges by the features that made the clusters "
+            f"(partition.features = {partition.features!r}): use another extractor's, such as 'KID-{other}'"
+        )
+
+
+def check_count(config: RunConfig, clips: int) -> None:
+    """Refuse a K that so many clips (or training groups) cannot fill."""
+    if config.partition.k > clips:
+        raise ConfigError(
+            f"partition.k = {config.partition.k} is larger than the number of clips {clips}: at most {clips} works"
+        )

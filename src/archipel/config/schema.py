@@ -1,0 +1,230 @@
+"""The keys of ``run.toml``: type, default, range and a sentence each (docs/configuration.md is generated from them)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from archipel import FORMAT
+
+SourceName = Literal["fluent-emoji", "shapes", "folder", "webdataset", "huggingface"]
+CodecName = Literal["patch-pca", "pixels"]
+FeatureName = Literal["efficientnet", "transnet", "text"]
+Strategy = Literal["top1", "top2", "full", "threshold", "ancestral", "oracle", "monolith"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RunSection(Section):
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of everything that is drawn: split, clusters, initialisation, order, noise.",
+    )
+    preset: str = Field("", description="The preset that `init` started from; for the record.")
+
+
+class Clips(Section):
+    source: SourceName = Field("shapes", description="Where clips come from.")
+    path: str = Field(
+        "",
+        description="Folder, tar file or pattern, or data set (local folder or hub id); unused by fluent-emoji and shapes.",
+    )
+    packages: tuple[int, ...] = Field(
+        (3,), description="fluent-emoji: which of the packages 1 to 4 to fetch (165 to 197 MB each)."
+    )
+    variants: Literal["base", "all"] = Field(
+        "base", description="fluent-emoji: base emoji only, or skin tones as well (one content group with their base)."
+    )
+    video_column: str = Field("video", description="huggingface: the column that holds the clip.")
+    caption_column: str = Field("caption", description="huggingface: the column that holds the caption.")
+    count: int = Field(0, ge=0, description="Use at most this many clips (0: all; shapes: 0 means 240).")
+    frames: int = Field(8, ge=1, le=1024, description="Frames of a clip.")
+    fps: float = Field(4.0, gt=0, le=240, description="Frames per second of a clip; source frames are picked by time.")
+    start: float = Field(0.0, ge=0, description="Where the window starts in the source, in seconds.")
+    size: int = Field(32, ge=8, le=2048, description="Height and width of a clip in pixels.")
+    crop: Literal["center", "pad", "stretch"] = Field(
+        "center", description="How a frame becomes square: cut, padded with `background`, or stretched."
+    )
+    background: str = Field(
+        "#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="Colour behind transparent pixels and of padding."
+    )
+    min_motion: float = Field(
+        0.0, ge=0, le=1, description="Refuse clips whose mean absolute frame difference is below this (0 keeps stills)."
+    )
+    max_rejected: float = Field(
+        0.5, ge=0, le=1, description="Stop where more than this share of the clips cannot be used."
+    )
+    split: tuple[float, float, float] = Field(
+        (0.7, 0.1, 0.2), description="Shares of content groups for train, validation and test."
+    )
+    license: str = Field(
+        "", description="Licence of the source, for cards and reports; filled in where the source states one."
+    )
+
+
+class Codec(Section):
+    kind: CodecName = Field(
+        "patch-pca",
+        description="Clips <-> latents: PCA of space-time blocks fitted on training clips, or the pixels themselves.",
+    )
+    patch: tuple[int, int, int] = Field(
+        (4, 8, 8), description="Block of frames x height x width that becomes one latent position."
+    )
+    channels: int = Field(96, ge=1, description="patch-pca: latent channels kept of the block's 3*t*h*w numbers.")
+    gamma: float = Field(
+        0.5, ge=0, le=1, description="patch-pca: components are divided by sigma^gamma (0: one scale, 1: whitened)."
+    )
+
+
+class Text(Section):
+    encoder: Literal["minilm"] = Field(
+        "minilm", description="Text encoder: the packaged MiniLM (tokens and pooled vector of 384)."
+    )
+    tokens: int = Field(
+        16,
+        ge=4,
+        le=256,
+        description="Text tokens per caption; longer captions are cut, shorter ones padded and masked.",
+    )
+
+
+class Partition(Section):
+    k: int = Field(3, ge=1, le=64, description="Number of clusters, hence of experts.")
+    method: Literal["kmeans", "random"] = Field(
+        "kmeans", description="Semantic clusters, or the control: content groups dealt out at random."
+    )
+    features: FeatureName = Field("transnet", description="Features to cluster by; not those of the primary metric.")
+    fine: int = Field(
+        48,
+        ge=1,
+        description="Fine k-means centroids before consolidation to k (at most a third of the training groups is used).",
+    )
+    balanced: bool = Field(
+        False, description="Bound every cluster to its equal share of training clips (rounded up to whole groups)."
+    )
+
+
+class Backbone(Section):
+    """Shape and schedule that experts and monolith share; the router has a smaller one of its own."""
+
+    width: int = Field(160, ge=8, description="Width of the transformer; heads must divide it.")
+    heads: int = Field(5, ge=1, description="Attention heads.")
+    rope_axes: tuple[int, int, int] = Field(
+        (8, 12, 12), description="RoPE dimensions for time, height, width: even, summing to width / heads."
+    )
+    steps: int = Field(1000, ge=1, description="Optimizer steps of one arm.")
+    batch: int = Field(16, ge=1, description="Clips per step.")
+    lr: float = Field(
+        2e-3, gt=0, description="Learning rate (constant after warm-up, with a linear cooldown at the end)."
+    )
+    warmup: int = Field(20, ge=0, description="Steps of linear warm-up.")
+    cooldown: float = Field(
+        0.2, ge=0, le=1, description="Share of the steps over which the rate falls linearly to zero at the end."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Bound on the gradient's norm.")
+    ema: float = Field(0.05, gt=0, le=1, description="Length of the weight average, as a share of the arm's own steps.")
+    validate_every: int = Field(100, ge=1, description="Steps between validation losses.")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+
+
+class Expert(Backbone):
+    backbone: Literal["flux"] = Field(
+        "flux", description="Which diffusers transformer: flux = FluxTransformer2DModel with video ids."
+    )
+    double_blocks: int = Field(1, ge=0, description="Double-stream blocks (text and video with weights of their own).")
+    single_blocks: int = Field(3, ge=0, description="Single-stream blocks.")
+    prediction: Literal["velocity", "x0"] = Field("velocity", description="What the network's output means.")
+    text_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of captions replaced by the null text in training (the router's too)."
+    )
+    shift: float = Field(1.0, gt=0, description="Training time shift a: t -> a t / (1 + (a - 1) t).")
+
+
+class Monolith(Section):
+    steps: int = Field(
+        0,
+        ge=0,
+        description="Steps of the monolith (0: resolved at init so that its FLOPs are those of all experts and the router).",
+    )
+    batch: int = Field(0, ge=0, description="Batch of the monolith (0: k times expert.batch).")
+    lr: float = Field(0.0, ge=0, description="Learning rate of the monolith (0: expert.lr).")
+
+
+class Router(Backbone):
+    width: int = 64
+    heads: int = 2
+    rope_axes: tuple[int, int, int] = (8, 12, 12)
+    blocks: int = Field(2, ge=1, description="Single-stream blocks.")
+    steps: int = 300
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+
+
+class Compute(Section):
+    tolerance: float = Field(
+        0.01,
+        gt=0,
+        le=0.2,
+        description="How far training FLOPs of archipelago and monolith may differ and still be called matched.",
+    )
+    archipelago_flops: float = Field(
+        0.0, ge=0, description="Planned training FLOPs of all experts and the router (resolved at init)."
+    )
+    monolith_flops: float = Field(0.0, ge=0, description="Planned training FLOPs of the monolith (resolved at init).")
+
+
+class Sample(Section):
+    strategy: Strategy = Field(
+        "top1", description="The primary strategy: what `generate` uses and what the headline compares."
+    )
+    solver: Literal["euler", "heun"] = Field("euler", description="ODE solver.")
+    steps: int = Field(20, ge=1, le=1000, description="Solver steps.")
+    shift: float = Field(1.0, gt=0, description="Sampling time shift (apart from the training shift).")
+    guidance: float = Field(2.0, ge=0, le=50, description="Classifier-free guidance scale (1: off).")
+    composition: Literal["mixture-of-guided", "guided-mixture"] = Field(
+        "mixture-of-guided", description="Guide each expert and then mix, or mix each branch and then guide."
+    )
+    threshold: float = Field(0.1, gt=0, lt=1, description="Strategy threshold: experts below this share are left out.")
+
+
+class Evaluate(Section):
+    split: Literal["validation", "test"] = Field(
+        "test", description="Whose captions are generated and whose clips are compared with."
+    )
+    count: int = Field(
+        96, ge=2, description="Clips generated per arm (captions are repeated with new noise where there are fewer)."
+    )
+    arms: tuple[Strategy, ...] = Field(STRATEGIES, description="Arms to generate and score.")
+    primary: str = Field(
+        "KID-efficientnet-appearance", description="Primary metric, fixed before the test split is opened."
+    )
+    pca: int = Field(
+        32, ge=2, le=512, description="Dimensions of the PCA (fitted on real training clips) for Frechet distances."
+    )
+    frames: int = Field(4, ge=1, description="Frames per clip that the image network looks at.")
+    image_size: int = Field(128, ge=32, le=512, description="Side of the image network's input.")
+
+
+class RunConfig(Section):
+    """All of ``run.toml``."""
+
+    format: Annotated[int, Field(ge=1, description="Version of the run's files.")] = FORMAT
+    run: RunSection = RunSection()
+    clips: Clips = Clips()
+    codec: Codec = Codec()
+    text: Text = Text()
+    partition: Partition = Partition()
+    expert: Expert = Expert()
+    monolith: Monolith = Monolith()
+    router: Router = Router()
+    compute: Compute = Compute()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()

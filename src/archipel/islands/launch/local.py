@@ -1,0 +1,180 @@
+"""The default launcher: one process per job on this machine, a fixed number side by side.
+
+A child is given a run and a job name, nothing else. It watches the pipe that is its standard input: when this process
+goes away, however that happens, the pipe closes and the child saves a checkpoint and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from archipel import store
+from archipel.errors import ArchipelError
+from archipel.progress import Progress, StopFlag
+from archipel.run import MONOLITH, ROUTER, Run
+
+_POLL = 0.25  # seconds
+
+
+@dataclass
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@dataclass
+class _Queue:
+    """Jobs of one launch: waiting, running, and the planned steps that the bar counts."""
+
+    run: Run
+    threads: int
+    waiting: list[str]
+    running: list[_Child] = field(default_factory=list)
+
+
+def cores() -> int:
+    """Cores this process may use (a container's share where the system tells it)."""
+    with contextlib.suppress(AttributeError):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def steps_of(run: Run, name: str) -> int:
+    config = run.config
+    return {MONOLITH: config.monolith.steps, ROUTER: config.router.steps}.get(name, config.expert.steps)
+
+
+def in_order(run: Run, names: list[str]) -> list[str]:
+    """Longest first, so that two workers end together: at matched compute the monolith is as long as all others."""
+    weight = {MONOLITH: 0, ROUTER: 2}
+    return sorted(names, key=lambda name: (weight.get(name, 1), name))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "ARCHIPEL_STOP_WITH_PARENT": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DISABLE_TELEMETRY": "YES",
+    }
+
+
+def _start(queue: _Queue, name: str) -> _Child:
+    run, log = queue.run, queue.run.log(f"train-{name}")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "archipel.cli", "train", str(run.root), name, "--threads", str(queue.threads)]
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=_environment(queue.threads),
+            start_new_session=True,  # Ctrl-C reaches this process only, which then tells the children once
+        )
+    return _Child(name, process, log)
+
+
+def _steps_done(run: Run, name: str) -> int:
+    if run.done(run.expert(name)):
+        return steps_of(run, name)
+    with contextlib.suppress(Exception):
+        return int(store.read_json(run.expert(name) / "progress.json")["step"])
+    return 0
+
+
+def _work(run: Run, names: list[str]) -> float:
+    """Planned work of jobs in units of one expert step, so that the bar moves evenly over unlike jobs."""
+    return sum(_unit(run, name) * steps_of(run, name) for name in names)
+
+
+def _unit(run: Run, name: str) -> float:
+    from archipel.backbones import flops
+
+    config = run.config
+    expert = flops.expert_forward_flops(config) * config.expert.batch
+    if name == MONOLITH:
+        return flops.expert_forward_flops(config) * config.monolith.batch / expert
+    if name == ROUTER:
+        return flops.router_forward_flops(config) * config.router.batch / expert
+    return 1.0
+
+
+def _note(run: Run, running: list[_Child]) -> str:
+    parts = []
+    for child in running:
+        with contextlib.suppress(Exception):
+            state = store.read_json(run.expert(child.name) / "progress.json")
+            parts.append(f"{child.name} {state['step']}/{state['steps']} loss {state['loss']:.3f}")
+    return ", ".join(parts)
+
+
+def _reap(queue: _Queue) -> None:
+    """Take finished children out; a failed one ends the launch with its last words."""
+    for child in list(queue.running):
+        code = child.process.poll()
+        if code is None:
+            continue
+        queue.running.remove(child)
+        if child.process.stdin is not None:
+            child.process.stdin.close()
+        if code != 0:
+            lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
+            last = lines[-1] if lines else "it said nothing"
+            raise ArchipelError(f"training {child.name} ended with exit code {code}: {last} (whole log: {child.log})")
+
+
+def _stop_all(queue: _Queue, grace: float = 60.0) -> None:
+    for child in queue.running:
+        child.process.terminate()
+    deadline = time.monotonic() + grace
+    for child in queue.running:
+        try:
+            child.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+        if child.process.stdin is not None:
+            child.process.stdin.close()
+
+
+def launch(
+    run: Run, names: list[str], stop: StopFlag, *, workers: int | None = None, threads: int | None = None
+) -> None:
+    """Train ``names``, each in a process of its own, ``workers`` at a time with ``threads`` threads each.
+
+    Raises ArchipelError where a child fails (the others are stopped with checkpoints), Stopped when asked to stop.
+    """
+    names = in_order(run, [name for name in names if not run.done(run.expert(name))])
+    if not names:
+        return
+    workers = workers or min(cores(), len(names))
+    queue = _Queue(run, threads or max(1, cores() // workers), list(names))
+    scale = 1000 / max(_work(run, names), 1e-9)
+
+    def done_units() -> int:
+        return int(scale * sum(_unit(run, name) * _steps_done(run, name) for name in names))
+
+    with Progress("train", 1000, done_units()) as bar:
+        try:
+            while queue.waiting or queue.running:
+                while queue.waiting and len(queue.running) < workers:
+                    queue.running.append(_start(queue, queue.waiting.pop(0)))
+                if stop:
+                    raise stop.error("training")
+                time.sleep(_POLL)
+                _reap(queue)
+                bar.update(done_units(), _note(run, queue.running))
+        finally:
+            _stop_all(queue)
+        bar.update(1000)

@@ -1,0 +1,295 @@
+"""The flow of a run as plain functions: ``init`` makes one, each stage does what is missing, ``run_all`` does all of it.
+
+    clips + captions -> prepare -> partition -> train (K experts, monolith) -> route -> generate -> evaluate -> report
+
+Every stage is idempotent: called again it returns at once, interrupted it continues where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archipel import config as configuration
+from archipel import presets, store
+from archipel.config import RunConfig
+from archipel.errors import ArchipelError, ConfigError
+from archipel.progress import StopFlag, log_to
+from archipel.run import MONOLITH, ROUTER, Run
+
+STAGES = ("prepare", "partition", "train", "route", "generate", "evaluate", "report")
+
+
+# --- making and opening ----------------------------------------------------------------------------------------------
+
+
+def resolve(
+    *,
+    source: str | None = None,
+    preset: str = "",
+    data: str = "",
+    sets: Iterable[str] = (),
+    over: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Preset, then source and data, then ``--set``: validated, with the compute budget filled in.
+
+    Raises ConfigError (naming key, value and the nearest right one) and ArchipelError for a source that is not there.
+    """
+    from archipel.data import count_items
+    from archipel.training import budget
+
+    values = presets.values(preset) if preset else {}
+    values = configuration.merge(values, {"run": {"preset": preset}})
+    chosen: dict[str, Any] = {}
+    if source:
+        chosen["source"] = source
+        if preset and source != values.get("clips", {}).get("source", source):
+            values = presets.without_source(values)
+    if data:
+        chosen["path"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
+    values = configuration.merge(values, {"clips": chosen})
+    values = configuration.merge(values, over or {})
+    values = configuration.merge(values, configuration.parse_sets(sets))
+    values = presets.fit_rope(values)
+    config = configuration.build(values, "the settings")
+    count = count_items(config.clips)
+    if count is not None:
+        configuration.check_count(config, min(count, config.clips.count or count))
+    return budget.resolve(config)
+
+
+def init(root: Path | str, **settings: Any) -> Run:
+    """Write a new run's ``run.toml`` (see ``resolve`` for the settings)."""
+    return Run.create(root, resolve(**settings))
+
+
+def open_run(root: Path | str, sets: Iterable[str] = ()) -> Run:
+    """Open a run; ``sets`` may only repeat what ``run.toml`` says, which wins.
+
+    Raises ConfigError naming both values where they differ, ArchipelError where ``run.toml`` was edited after work began.
+    """
+    run = Run.open(root)
+    for pair in sets:
+        values = configuration.parse_sets([pair])
+        key = pair.partition("=")[0].strip()
+        wanted = configuration.lookup(
+            configuration.build(configuration.merge(run.config.model_dump(mode="json"), values), pair), key
+        )
+        have = configuration.lookup(run.config, key)
+        if wanted != have:
+            raise ConfigError(
+                f"{key} is {have!r} in {run.root / 'run.toml'} and --set asks for {wanted!r}: start a new run for that"
+            )
+    card = store.read_card(run.clips)
+    if card is not None and card.get("run") != run.id:
+        raise ArchipelError(
+            f"{run.root / 'run.toml'} was changed after work began (it is {run.id[:12]}, the clips were prepared for "
+            f"{str(card.get('run'))[:12]}): restore it, or start a new run with the new settings"
+        )
+    return run
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stopping(stop: StopFlag | None) -> Iterator[StopFlag]:
+    if stop is not None:
+        yield stop
+    else:
+        with StopFlag() as own:
+            yield own
+
+
+def prepare(run: Run, stop: StopFlag | None = None) -> None:
+    from archipel.prepare import prepare as stage
+
+    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "prepare.lock", f"prepare of {run.root}"):
+        stage(run, flag)
+
+
+def partition(run: Run, stop: StopFlag | None = None) -> None:
+    from archipel.partition.stage import partition as stage
+
+    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "partition.lock", f"partition of {run.root}"):
+        stage(run, flag)
+
+
+def train(
+    run: Run, name: str, *, seconds: float | None = None, threads: int | None = None, stop: StopFlag | None = None
+) -> None:
+    """Train one job in this process: an expert's number, ``monolith`` or ``router``."""
+    run.expert(name)  # names the jobs where there is no such one
+    if name == ROUTER:
+        from archipel.routing.stage import train_router
+
+        train_router(run, seconds=seconds, threads=threads, stop=stop)
+    else:
+        from archipel.training.stage import train as stage
+
+        stage(run, name, seconds=seconds, threads=threads, stop=stop)
+
+
+def train_all(
+    run: Run, stop: StopFlag | None = None, *, workers: int | None = None, threads: int | None = None
+) -> None:
+    """Train every missing job, each in a process of its own, and write the ledger."""
+    from archipel.islands.launch.local import launch
+    from archipel.training.budget import write_ledger
+
+    run.need(run.shard(MONOLITH), "partition")
+    with _stopping(stop) as flag:
+        launch(run, run.job_names, flag, workers=workers, threads=threads)
+    write_ledger(run)
+
+
+def route(run: Run, stop: StopFlag | None = None) -> None:
+    from archipel.routing.stage import route as stage
+
+    with _stopping(stop) as flag:
+        stage(run, stop=flag)
+
+
+def generate(run: Run, stop: StopFlag | None = None) -> None:
+    """Generate the clips that will be scored, all arms from the same captions and noise."""
+    from archipel.ensemble.stage import generate_arms
+
+    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "generate.lock", f"generate of {run.root}"):
+        generate_arms(run, flag)
+
+
+def evaluate(run: Run, stop: StopFlag | None = None) -> None:
+    from archipel.evaluation.stage import evaluate as stage
+
+    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "evaluate.lock", f"evaluate of {run.root}"):
+        stage(run, flag)
+
+
+def report(run: Run) -> Path:
+    from archipel.report import report as stage
+
+    with contextlib.suppress(Exception):
+        from archipel.training.budget import write_ledger
+
+        write_ledger(run)
+    return stage(run)
+
+
+@dataclass(frozen=True)
+class StageState:
+    name: str
+    state: str  # "done", "partly", "missing"
+    detail: str
+
+
+def _trained(run: Run) -> list[str]:
+    return [name for name in run.job_names if run.done(run.expert(name))]
+
+
+def states(run: Run) -> list[StageState]:
+    """What is done and what is missing, from the files alone."""
+    trained = _trained(run)
+    protocol = run.config.evaluate.split
+    samples = run.samples(protocol)
+    arms = [arm for arm in run.config.evaluate.arms if (samples / f"{arm}.safetensors").exists()]
+
+    def of(done: bool, partly: bool = False) -> str:
+        return "done" if done else "partly" if partly else "missing"
+
+    prepared = run.done(run.clips) and run.done(run.codec) and (run.cache / "index.json").exists()
+    ready = _features_ready(run) if prepared else False
+    return [
+        StageState("prepare", of(prepared and ready, run.cache.exists()), ""),
+        StageState(
+            "partition", of(run.done(run.partition) and run.done(run.shard(MONOLITH)), run.partition.exists()), ""
+        ),
+        StageState(
+            "train",
+            of(len(trained) == len(run.job_names), (run.root / "experts").exists()),
+            f"{len(trained)} of {len(run.job_names)} jobs",
+        ),
+        StageState("route", of((run.expert(ROUTER) / "calibration.json").exists()), ""),
+        StageState(
+            "generate", of(run.done(samples), bool(arms)), f"{len(arms)} of {len(run.config.evaluate.arms)} arms"
+        ),
+        StageState("evaluate", of(run.scores(protocol).exists()), ""),
+        StageState("report", of((run.report / "index.html").exists()), ""),
+    ]
+
+
+def _features_ready(run: Run) -> bool:
+    index = store.read_json(run.cache / "index.json")
+    return {"pixels", "latents", "text", "features"} <= set(index.get("kinds", index))
+
+
+def run_all(run: Run, stop: StopFlag | None = None) -> Path:
+    """Do all that is missing, in order. Returns the report's path."""
+    with _stopping(stop) as flag:
+        for stage in (prepare, partition, train_all, route, generate, evaluate):
+            with log_to(run.log("run")):
+                stage(run, flag)
+            if flag:
+                raise flag.error(str(run.root))
+    return report(run)
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def status(run: Run) -> dict[str, Any]:
+    """A JSON-able summary: stages, and each job's step, loss and state."""
+    from archipel.islands.launch.local import steps_of
+
+    jobs = []
+    for name in run.job_names:
+        done = run.done(run.expert(name))
+        row: dict[str, Any] = {
+            "name": name,
+            "state": "done" if done else "free",
+            "step": 0,
+            "steps": steps_of(run, name),
+            "loss": None,
+        }
+        progress = run.expert(name) / "progress.json"
+        if progress.exists():
+            with contextlib.suppress(Exception):
+                seen = store.read_json(progress)
+                row |= {"step": seen["step"], "loss": seen.get("loss"), "steps_per_s": seen.get("steps_per_s")}
+        if done:
+            row["step"] = row["steps"]
+        elif row["step"]:
+            row["state"] = "started"
+        jobs.append(row)
+    return {
+        "format": 1,
+        "run": run.id,
+        "root": str(run.root),
+        "stages": [{"name": s.name, "state": s.state, "detail": s.detail} for s in states(run)],
+        "jobs": jobs,
+    }
+
+
+def verify(run: Run) -> tuple[int, list[store.Problem]]:
+    """Hold every committed file of the run to its checksum. Returns (folders checked, problems)."""
+    problems: list[store.Problem] = []
+    cards = sorted(run.root.rglob("card.json"))
+    for path in cards:
+        try:
+            card = store.read_card(path.parent)
+            problems += store.check_card(path.parent)
+        except ArchipelError as error:
+            problems.append(store.Problem(path, str(error)))
+            continue
+        if card is not None and card.get("run") != run.id and "cache" not in path.relative_to(run.root).parts:
+            problems.append(store.Problem(path, f"was written for another run ({str(card.get('run'))[:12]})"))
+    for path in [*sorted(run.root.glob("scores/*.json")), run.ledger]:
+        if path.exists():
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                problems.append(store.Problem(path, f"is not readable JSON ({error})"))
+    return len(cards), problems

@@ -1,0 +1,85 @@
+"""Presets: the handful of settings that a scale of work needs. Everything else keeps its default.
+
+A preset is plain values over the defaults; ``--set`` goes on top. docs/log.md says which measurements chose them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from archipel.errors import ConfigError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Seconds on two cores: to see the whole flow, and for tests. Not for quality.
+    "tiny": {
+        "clips": {"count": 96, "size": 16, "frames": 4, "fps": 4.0},
+        "codec": {"patch": [2, 4, 4], "channels": 48},
+        "text": {"tokens": 12},
+        "partition": {"k": 2, "fine": 12},
+        "expert": {
+            "width": 48,
+            "heads": 2,
+            "rope_axes": [8, 8, 8],
+            "double_blocks": 1,
+            "single_blocks": 1,
+            "steps": 120,
+            "batch": 8,
+            "validate_every": 40,
+            "checkpoint_every": 40,
+        },
+        "router": {
+            "width": 24,
+            "heads": 1,
+            "rope_axes": [8, 8, 8],
+            "blocks": 1,
+            "steps": 60,
+            "batch": 8,
+            "validate_every": 30,
+            "checkpoint_every": 30,
+        },
+        "sample": {"steps": 8},
+        "evaluate": {"count": 12, "frames": 2, "image_size": 64, "pca": 8},
+    },
+    "demo": {},
+    "long": {},
+}
+
+
+def values(name: str) -> dict[str, Any]:
+    """The preset's values. Raises ConfigError naming the nearest preset."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise ConfigError(
+            f"--preset {name!r} is not one of {', '.join(PRESETS)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return PRESETS[name]
+
+
+def without_source(preset: dict[str, Any]) -> dict[str, Any]:
+    """The preset's values without those that only make sense for the source it was made for."""
+    only = {"source", "path", "packages", "variants", "count", "license"}
+    clips = {key: value for key, value in preset.get("clips", {}).items() if key not in only}
+    return {**preset, "clips": clips}
+
+
+def fit_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in ``rope_axes`` where width or heads were given without them, so that one dial derives the rest."""
+    from archipel.config import rope_axes_for
+
+    filled = dict(values)
+    for name in ("expert", "router"):
+        part = dict(values.get(name, {}))
+        width, heads = part.get("width"), part.get("heads")
+        if (
+            isinstance(width, int)
+            and isinstance(heads, int)
+            and heads > 0
+            and width % heads == 0
+            and "rope_axes" not in part
+        ):
+            axes = rope_axes_for(width // heads)
+            if axes is not None:
+                part["rope_axes"] = list(axes)
+                filled[name] = part
+    return filled
