@@ -1,0 +1,93 @@
+"""Captions -> tokens, mask and pooled vector, by the packaged MiniLM (all-MiniLM-L6-v2, 384 wide, 6 layers).
+
+The pooled vector is the sentence embedding of Reimers and Gurevych (Sentence-BERT, 2019) as that model was trained:
+mean of the last hidden states over real tokens, divided by its length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from archipel.config import Text as TextConfig
+from archipel.contracts import Conditioning
+from archipel.encoders.weights import weights_file
+
+_AT_ONCE = 64
+
+
+class MiniLM:
+    """``encode(captions)`` -> Conditioning with tokens (B, L, 384), mask (B, L), pooled (B, 384), all on the CPU.
+
+    L is fixed: longer captions are cut to L tokens, the two special ones included; shorter ones are padded, and their
+    padding is masked and zero. An empty caption is a caption of the two special tokens, not the null text.
+    A row does not depend on what else is in the batch (to about 1e-6).
+    """
+
+    name = "minilm"
+    width = 384
+    pooled_width = 384
+
+    def __init__(self, tokens: int) -> None:
+        # Loaded here and not through the package's own function, which would bring in sentence-transformers.
+        from tokenizers import Tokenizer
+        from transformers import AutoModel
+
+        folder = weights_file("minilm").parent
+        self.tokens = tokens
+        # tokenizer.json pads to 128 and cuts at 128 by itself: both are taken off first.
+        self._whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._whole.no_padding()
+        self._whole.no_truncation()
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_padding(length=tokens)
+        self._tokenizer.enable_truncation(max_length=tokens)
+        with _without_loading_bar():
+            self._model = AutoModel.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
+            ).eval()
+
+    def truncated(self, captions: Sequence[str]) -> list[int]:
+        """Rows of the captions that are longer than L tokens and therefore lose their end."""
+        lengths = [len(encoding.ids) for encoding in self._whole.encode_batch(list(captions))] if captions else []
+        return [row for row, length in enumerate(lengths) if length > self.tokens]
+
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        if not captions:
+            empty = torch.zeros(0, self.tokens, self.width)
+            return Conditioning(empty, empty[:, :, 0].bool(), empty[:, 0])
+        parts = [self._encode(list(captions[begin : begin + _AT_ONCE])) for begin in range(0, len(captions), _AT_ONCE)]
+        return Conditioning.cat(parts)
+
+    @torch.no_grad()
+    def _encode(self, captions: list[str]) -> Conditioning:
+        encodings = self._tokenizer.encode_batch(captions)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+        hidden: Tensor = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        tokens = hidden * mask[:, :, None]
+        mean = tokens.sum(1) / mask.sum(1, keepdim=True)
+        return Conditioning(tokens, mask.bool(), torch.nn.functional.normalize(mean, dim=1))
+
+
+def open_text(config: TextConfig) -> MiniLM:
+    """The text encoder that ``run.toml`` asks for: the packaged MiniLM with ``config.tokens`` tokens a caption."""
+    return MiniLM(config.tokens)
+
+
+@contextlib.contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """transformers draws a bar of its own over ours while it loads; whoever had it on gets it back."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
