@@ -1,0 +1,135 @@
+"""Shards: what a job trains on and nothing more. One folder per cluster, and ``all`` for the monolith and the router.
+
+A shard is a copy, not a set of links into the cache: it can be carried to an island and read without the rest of the
+run. Test clips are in no shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from archipel import store
+from archipel.cache import Entry, open_kind
+from archipel.errors import DamagedError
+from archipel.manifest import Clip, Split, read_manifest, rows_of
+from archipel.partition.assignment import load_assignment
+from archipel.progress import Progress, StopFlag
+from archipel.run import MONOLITH, Run
+
+SHARD_SPLITS: tuple[Split, ...] = ("train", "validation")
+_ROWS = 256  # rows held in memory at a time
+_CODES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+
+
+def write_shards(run: Run, stop: StopFlag | None = None) -> None:
+    """Write the shard of every cluster and of ``all``; those of this partition that are there already are kept.
+
+    Tensors of ``train.safetensors`` and ``validation.safetensors`` (N may be 0 in the latter): latents f32
+    (N, C, T, H, W), tokens f32 (N, L, D), mask bool (N, L), pooled f32 (N, P), cluster i64 (N,), row i64 (N,), the
+    clip's row in the manifest. Raises MissingStageError where the partition or a cache entry is missing.
+    """
+    run.need(run.partition, "partition")
+    clips, cluster = read_manifest(run.manifest), load_assignment(run)
+    latents, text = open_kind(run.cache, "latents"), open_kind(run.cache, "text")
+    for entry in (latents, text):
+        if entry.rows != len(clips):
+            raise DamagedError(
+                f"{entry.folder} has {entry.rows} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
+            )
+    names = [*run.expert_names, MONOLITH]
+    source = source_of(run, latents, text)
+    with Progress("partition: shards", len(names)) as bar:
+        for name in names:
+            if stop:
+                raise stop.error("partition")
+            card = store.read_card(run.shard(name))
+            if not (
+                run.done(run.shard(name))
+                and card is not None
+                and card.get("source") == source
+                and _whole(run.shard(name), card)
+            ):
+                _write_shard(run, name, clips, cluster, latents, text, source)
+            bar.advance()
+
+
+def source_of(run: Run, latents: Entry, text: Entry) -> dict[str, str]:
+    """What a shard is cut from: hash of the assignment, cache folders of latents and text."""
+    card = store.read_card(run.partition, "partition") or {"files": {}}
+    assignment = card["files"].get("assignment.parquet", {}).get("sha256", "")
+    return {"assignment": assignment, "latents": latents.folder.name, "text": text.folder.name}
+
+
+def _whole(folder: Path, card: Mapping[str, Any]) -> bool:
+    """Whether every listed file has its size; hashes are `verify`'s work."""
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        for name, entry in card["files"].items()
+    )
+
+
+def _write_shard(
+    run: Run, name: str, clips: Sequence[Clip], cluster: np.ndarray, latents: Entry, text: Entry, source: dict[str, str]
+) -> None:
+    folder, k = run.shard(name), run.config.partition.k
+    (folder / "card.json").unlink(missing_ok=True)  # until it is written again the folder claims nothing
+    counts = {}
+    tensors: dict[str, Any] = {
+        "latents": latents["latents"],
+        **{key: text[key] for key in ("tokens", "mask", "pooled")},
+    }
+    for split in SHARD_SPLITS:
+        rows = np.array(rows_of(list(clips), split), np.int64)
+        if name != MONOLITH:
+            rows = rows[cluster[rows] == int(name)]
+        counts[split] = len(rows)
+        write_rows(folder / f"{split}.safetensors", tensors, rows, {"cluster": cluster[rows], "row": rows})
+    train = cluster[rows_of(list(clips), "train")]
+    fields: dict[str, Any] = (
+        {"prior": (np.bincount(train, minlength=k) / max(len(train), 1)).tolist()} if name == MONOLITH else {}
+    )
+    store.write_card(
+        folder,
+        "shard",
+        run.id,
+        [f"{split}.safetensors" for split in SHARD_SPLITS],
+        cluster=None if name == MONOLITH else int(name),
+        clusters=k,
+        counts=counts,
+        latent_shape=list(tensors["latents"].shape[1:]),
+        text_shape=list(tensors["tokens"].shape[1:]),
+        pooled_width=int(tensors["pooled"].shape[1]),
+        source=source,
+        **fields,
+    )
+
+
+def write_rows(path: Path, tensors: Mapping[str, Any], rows: np.ndarray, whole: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file: chosen ``rows`` (N,) of row-sliceable ``tensors``, and ``whole`` arrays (N,) as they are.
+
+    Streams: holds ``_ROWS`` rows at a time, so that a shard may be larger than memory.
+    """
+    shapes = {key: (np.dtype(value.dtype), (len(rows), *value.shape[1:])) for key, value in tensors.items()}
+    shapes |= {key: (value.dtype, value.shape) for key, value in whole.items()}
+    # Wide numbers first: with a header of a multiple of 8 bytes every tensor is aligned in the map.
+    names = sorted(shapes, key=lambda key: (-shapes[key][0].itemsize, key))
+    header, begin = {}, 0
+    for key in names:
+        dtype, shape = shapes[key]
+        end = begin + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[key] = {"dtype": _CODES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with store.aside(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in names:
+            for start in range(0, len(rows), _ROWS):
+                part = slice(start, start + _ROWS)
+                values = tensors[key][rows[part]] if key in tensors else whole[key][part]
+                file.write(np.ascontiguousarray(values).tobytes())
