@@ -1,0 +1,85 @@
+"""The router's network: a much smaller ``FluxTransformer2DModel`` that says which cluster a noisy clip is from.
+
+Single-stream blocks over video tokens only; the pooled text enters beside the time embedding; logits are the mean over
+tokens of K outputs. Source: Paris 2.0 (arXiv 2605.26064), whose router reads x_t, t and the pooled text vector;
+Decentralized Diffusion Models (arXiv 2501.05450), section 3: its cross-entropy optimum is p(k | x_t, t, c).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from archipel.backbones import base
+from archipel.backbones.flux import pack, text_ids, video_ids
+from archipel.config import RunConfig
+from archipel.contracts import Conditioning
+from archipel.errors import DamagedError
+
+
+class FluxRouter(base.Backbone):
+    """``router(x, t, cond) -> logits``. ``facts``: {"role": "router", "experts": K, "latent_shape", "text_shape"}."""
+
+    def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.facts, self.experts = network, dict(facts), int(facts["experts"])
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise; of ``cond`` only ``pooled`` (B, P) -> logits (B, K)."""
+        B, _, T, H, W = x.shape
+        (output,) = self.network(
+            hidden_states=pack(x),
+            encoder_hidden_states=cond.tokens.new_zeros(B, 0, cond.tokens.shape[-1]),
+            pooled_projections=cond.pooled,
+            timestep=t,
+            img_ids=video_ids(T, H, W, x.device),
+            txt_ids=text_ids(0, x.device),
+            guidance=None,
+            return_dict=False,
+        )
+        logits: Tensor = output.mean(dim=1)
+        return logits
+
+
+def build_router(
+    config: RunConfig,
+    latent_shape: tuple[int, int, int, int],
+    text_tokens: int,
+    text_width: int,
+    pooled_width: int,
+    seed: int,
+) -> FluxRouter:
+    """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform."""
+    part = config.router
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=latent_shape[0],
+            out_channels=config.partition.k,
+            num_layers=0,
+            num_single_layers=part.blocks,
+            attention_head_dim=part.width // part.heads,
+            num_attention_heads=part.heads,
+            joint_attention_dim=text_width,
+            pooled_projection_dim=pooled_width,
+            guidance_embeds=False,
+            axes_dims_rope=part.rope_axes,
+        )
+        base.zero_modulation(network)
+    text = [text_tokens, text_width, pooled_width]
+    facts = {"role": "router", "experts": config.partition.k, "latent_shape": list(latent_shape), "text_shape": text}
+    return FluxRouter(network, facts)
+
+
+def load_router_network(folder: Path) -> FluxRouter:
+    """A trained router on the CPU, in eval mode. Raises MissingStageError, DamagedError."""
+    facts, config, tensors = base.read_folder(folder, "train RUN router")
+    network = base.build_flux(config, tensors, folder)
+    if facts.get("role") != "router" or facts.get("experts") != config.get("out_channels"):
+        raise DamagedError(f"{folder / 'card.json'}: network = {facts!r} does not describe this router")
+    return FluxRouter(network, facts).eval()

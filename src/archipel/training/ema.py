@@ -1,0 +1,58 @@
+"""An exponential moving average of weights whose length is a share of the arm's own steps.
+
+After step s the average is sum_i beta^(s-i) w_i / sum_i beta^(s-i) over the weights w_1..w_s after each step, with
+beta = exp(-1 / (length steps)). Normalising the sum (as Adam does, arXiv 1412.6980, section 3) means that the
+initial weights never enter, so no warm-up rule is needed. Length as a share of training: Karras et al., EDM2
+(arXiv 2312.02696), section 3.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def decay(length: float, steps: int) -> float:
+    """beta for an average over about ``length * steps`` steps (at least one)."""
+    return math.exp(-1.0 / max(1.0, length * steps))
+
+
+def weight(beta: float, step: int) -> float:
+    """Share of the newest weights after ``step`` >= 1 steps: (1 - beta) / (1 - beta^step); 1 after the first."""
+    return (1.0 - beta) / (1.0 - beta**step)
+
+
+class Ema:
+    """Averages ``model``'s parameters, in their own dtype and on their own device; ``tensors`` are by name."""
+
+    def __init__(self, model: nn.Module, beta: float) -> None:
+        self.beta = beta
+        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._average = list(self.tensors.values())
+        self._live = [p for _, p in model.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` finished steps (1 for the first)."""
+        torch._foreach_lerp_(self._average, self._live, weight(self.beta, step))
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, average in self.tensors.items():
+            average.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averaged weights inside the block; nothing is copied, the raw ones come back."""
+        raw = [p.data for p in self._live]
+        try:
+            for p, average in zip(self._live, self._average, strict=True):
+                p.data = average
+            yield
+        finally:
+            for p, data in zip(self._live, raw, strict=True):
+                p.data = data

@@ -1,0 +1,373 @@
+"""The one training loop: expert, monolith and router differ only in their ``Objective``.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping, an average of the weights, validation of both, a rate that
+depends on the step alone, and checkpoints from which the rest follows bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from archipel import config, store
+from archipel.errors import ArchipelError
+from archipel.progress import Progress, StopFlag
+from archipel.training import checkpoint, schedule
+from archipel.training.checkpoint import Checkpoint
+from archipel.training.ema import Ema, decay
+
+logger = logging.getLogger("archipel")
+METRICS = "metrics.jsonl"
+PROGRESS = "progress.json"
+CHECKPOINTS = "checkpoints"
+_LINES = 50  # at least so many metrics lines per run, where it has as many steps
+_PROGRESS_EVERY = 1.0  # seconds
+
+
+class Objective(Protocol):
+    """What is trained. Nothing in it may depend on the past: ``batch(step)`` is a function of the step.
+
+    ``loss`` gives one loss per item (B,), on the model's device. ``validate`` runs without gradients on the weights
+    that the model holds just then and returns JSON-able numbers with at least "loss" (a mean over all items), or {}
+    where there is nothing to validate on.
+    """
+
+    model: nn.Module
+
+    def batch(self, step: int) -> Any: ...
+
+    def loss(self, batch: Any) -> Tensor: ...
+
+    def validate(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an arm is trained. ``keep``: the final weights are the last average, or the one that validated best."""
+
+    steps: int
+    lr: float
+    warmup: int = 0
+    cooldown: float = 0.0
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema: float = 0.05
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    keep: str = "last"
+
+    @classmethod
+    def of(cls, part: config.Backbone, *, steps: int = 0, lr: float = 0.0, keep: str = "last") -> Settings:
+        """From a section of ``run.toml``; the monolith gives its own steps and rate."""
+        return cls(
+            steps=steps or part.steps,
+            lr=lr or part.lr,
+            warmup=part.warmup,
+            cooldown=part.cooldown,
+            weight_decay=part.weight_decay,
+            grad_clip=part.grad_clip,
+            ema=part.ema,
+            validate_every=part.validate_every,
+            checkpoint_every=part.checkpoint_every,
+            keep=keep,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training. ``validation`` is the last {"raw", "ema"}; ``best`` {"step", "loss"} where one was kept."""
+
+    steps: int
+    seconds: float
+    resumed: int
+    validation: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+class Trainer:
+    """Model, optimizer and average after ``step`` finished steps."""
+
+    def __init__(self, objective: Objective, settings: Settings) -> None:
+        self.objective, self.settings, self.step = objective, settings, 0
+        self.named = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self.named]
+        # Biases and norms are not decayed: pulling them to zero only moves the function.
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=settings.betas,
+            fused=True,
+        )
+        self.ema = Ema(objective.model, decay(settings.ema, settings.steps))
+        self.best: dict[str, Any] | None = None
+        self.best_tensors: dict[str, Tensor] = {}
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """One step: mean loss and gradient norm, detached and still on the device."""
+        s = self.settings
+        rate = schedule.rate(self.step, peak=s.lr, steps=s.steps, warmup=s.warmup, cooldown=s.cooldown)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.objective.loss(self.objective.batch(self.step)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters, s.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.step)
+        return loss.detach(), norm.detach()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """{"raw": ..., "ema": ...}, or {}; remembers the best average where settings ask for it."""
+        self.objective.model.eval()
+        raw = self.objective.validate()
+        with self.ema.applied():
+            averaged = self.objective.validate()
+        self.objective.model.train()
+        if not raw:
+            return {}
+        if self.settings.keep == "best" and (self.best is None or averaged["loss"] < self.best["loss"]):
+            self.best = {"step": self.step, "loss": averaged["loss"]}
+            self.best_tensors = {name: value.clone() for name, value in self.ema.tensors.items()}
+        return {"raw": raw, "ema": averaged}
+
+    def arrays(self) -> dict[str, Any]:
+        """The state as numpy arrays by name: views of it where it is on the CPU."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "weight": dict(self.named),
+            "average": self.ema.tensors,
+            "moment1": {name: self.optimizer.state[p]["exp_avg"] for name, p in self.named},
+            "moment2": {name: self.optimizer.state[p]["exp_avg_sq"] for name, p in self.named},
+            "best": self.best_tensors,
+        }
+        return {f"{g}/{n}": v.detach().cpu().numpy() for g, values in groups.items() for n, v in values.items()}
+
+    @torch.no_grad()
+    def restore(self, found: Checkpoint) -> None:
+        """Continue after ``found.step`` steps. Raises ArchipelError where its tensors are of another model."""
+        wanted = {
+            f"{g}/{n}": tuple(p.shape) for g in ("weight", "average", "moment1", "moment2") for n, p in self.named
+        }
+        have = {name: array.shape for name, array in found.arrays.items() if not name.startswith("best/")}
+        if wanted != have:
+            odd = sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
+            raise ArchipelError(
+                f"checkpoint {found.step} is of another model: {odd[0]} is {have.get(odd[0])}, expected "
+                f"{wanted.get(odd[0])}; remove the checkpoints to train anew"
+            )
+        tensors = {name: torch.tensor(array) for name, array in found.arrays.items()}
+        for name, p in self.named:
+            p.copy_(tensors[f"weight/{name}"])
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(found.step), device=p.device),
+                "exp_avg": tensors[f"moment1/{name}"].to(p.device),
+                "exp_avg_sq": tensors[f"moment2/{name}"].to(p.device),
+            }
+        self.ema.restore({name: tensors[f"average/{name}"] for name in self.ema.tensors})
+        self.best = found.manifest.get("best")
+        self.best_tensors = {
+            name.removeprefix("best/"): value.to(self.parameters[0].device)
+            for name, value in tensors.items()
+            if name.startswith("best/")
+        }
+        self.step = found.step
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the final weights (the average, or the best one) into the model."""
+        final = self.best_tensors or self.ema.tensors
+        for name, p in self.named:
+            p.copy_(final[name])
+        self.objective.model.eval()
+
+
+class _Journal:
+    """metrics.jsonl and progress.json of one training; checks that every loss was finite."""
+
+    def __init__(self, folder: Path, label: str, settings: Settings, start: int, seconds: float, resumed: int) -> None:
+        self.folder, self.label, self.settings, self.start, self.resumed = folder, label, settings, start, resumed
+        self.every = max(1, min(10, settings.steps // _LINES))
+        self._before, self._began, self._told = seconds, time.monotonic(), -math.inf
+        self._pending: list[Tensor] = []
+        self.loss = math.nan
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = store.read_jsonl(folder / METRICS)
+        kept = [row for row in rows if int(row.get("step", 0)) <= start]
+        # A killed process may have written lines after its last checkpoint: those steps are made, and told, again.
+        store.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, over all processes, up to the last checkpoint of each."""
+        return self._before + time.monotonic() - self._began
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self._pending.append(torch.stack([loss, norm]))
+
+    def flush(self, step: int, validation: Mapping[str, Any] | None = None) -> None:
+        """Write one line for the steps since the last. Raises ArchipelError naming the first that was not finite."""
+        line: dict[str, Any] = {"step": step}
+        if self._pending:
+            values = torch.stack(self._pending).tolist()
+            first = step - len(values) + 1
+            for offset, (loss, norm) in enumerate(values):
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    what = "loss" if not math.isfinite(loss) else "gradient"
+                    raise ArchipelError(
+                        f"training {self.label}: the {what} is not finite at step {first + offset} (rate "
+                        f"{self._rate(first + offset - 1):.3g}): make a new run with a lower lr, a longer warmup or a smaller "
+                        "grad_clip; the last good checkpoint is kept"
+                    )
+            self._pending.clear()
+            self.loss = sum(loss for loss, _ in values) / len(values)
+            line |= {"loss": self.loss, "grad_norm": sum(norm for _, norm in values) / len(values)}
+        line |= {"lr": self._rate(step - 1), "seconds": round(self.seconds, 3)}
+        if validation:
+            line |= {
+                "validation": validation["raw"]["loss"],
+                "validation_ema": validation["ema"]["loss"],
+                "validation_detail": dict(validation),
+            }
+        store.append_jsonl(self.folder / METRICS, line)
+
+    def _rate(self, step: int) -> float:
+        s = self.settings
+        return schedule.rate(step, peak=s.lr, steps=s.steps, warmup=s.warmup, cooldown=s.cooldown)
+
+    def tell(self, step: int, state: str = "training") -> None:
+        """Rewrite progress.json, at most once a second while training."""
+        now = time.monotonic()
+        if state == "training" and now - self._told < _PROGRESS_EVERY:
+            return
+        self._told = now
+        speed = (step - self.start) / (now - self._began) if now > self._began else 0.0
+        value = {
+            "step": step,
+            "steps": self.settings.steps,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "steps_per_s": round(speed, 4),
+            "state": state,
+            "resumed": self.resumed,
+        }
+        # Renamed but not synced: nothing depends on this file, and a sync every second would cost speed.
+        aside = self.folder / f".{PROGRESS}.{os.getpid()}.tmp"
+        aside.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        aside.replace(self.folder / PROGRESS)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What a training process last said of itself, or None where none has started."""
+    with contextlib.suppress(ArchipelError, OSError):
+        value = store.read_json(folder / PROGRESS)
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def fit(
+    objective: Objective,
+    settings: Settings,
+    folder: Path,
+    stop: StopFlag | None = None,
+    *,
+    run_id: str,
+    label: str,
+    start: Checkpoint | None = None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> Outcome:
+    """Train to ``settings.steps`` and leave the final weights (average or best) in ``objective.model``.
+
+    ``folder`` gets metrics.jsonl, progress.json and checkpoints/; ``start`` is the checkpoint to continue from
+    (``checkpoint.latest(folder / CHECKPOINTS, run_id)``); ``facts()`` goes into every manifest.
+    Raises Stopped with everything saved where ``stop`` is set, ArchipelError for a loss that is not finite or a
+    folder that cannot be written; the newest good checkpoint stays either way.
+    """
+    trainer = Trainer(objective, settings)
+    before = read_progress(folder)
+    resumed = max((int(d.get("resumed", 0)) for d in (before, start and start.manifest) if d), default=-1) + 1
+    if start is not None:
+        trainer.restore(start)
+    with _writing(folder, label, trainer):
+        journal = _Journal(
+            folder, label, settings, trainer.step, float(start.manifest.get("seconds", 0)) if start else 0.0, resumed
+        )
+        journal.tell(trainer.step, "starting")
+        try:
+            return _run(trainer, journal, stop, run_id, start, facts)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                journal.tell(trainer.step, "stopped")
+            raise
+
+
+def _run(
+    trainer: Trainer,
+    journal: _Journal,
+    stop: StopFlag | None,
+    run_id: str,
+    start: Checkpoint | None,
+    facts: Callable[[], Mapping[str, Any]],
+) -> Outcome:
+    s, folder = trainer.settings, journal.folder / CHECKPOINTS
+    validation: dict[str, Any] = dict(start.manifest.get("validation", {})) if start else {}
+    saved = trainer.step if start else -1
+
+    def save() -> None:
+        nonlocal saved
+        if saved == trainer.step:
+            return
+        own = {"resumed": journal.resumed, "seconds": journal.seconds, "best": trainer.best, "validation": validation}
+        checkpoint.save(folder, trainer.step, trainer.arrays(), {**facts(), "run": run_id, **own})
+        saved = trainer.step
+
+    trainer.objective.model.train()
+    with Progress(f"train {journal.label}", s.steps, start=trainer.step) as bar:
+        while trainer.step < s.steps:
+            if stop:
+                if saved != trainer.step and trainer.step > 0:
+                    journal.flush(trainer.step)
+                    save()
+                raise stop.error(f"training {journal.label} (step {trainer.step} of {s.steps})")
+            journal.add(*trainer.advance())
+            done, last = trainer.step, trainer.step == s.steps
+            if last or done % s.validate_every == 0:
+                validation = trainer.validate()
+                journal.flush(done, validation)
+            elif done % journal.every == 0 or done % s.checkpoint_every == 0:
+                journal.flush(done)
+            if last or done % s.checkpoint_every == 0:
+                save()
+            journal.tell(done)
+            bar.update(done, note=f"loss {journal.loss:.4f}")
+    save()
+    trainer.finish()
+    journal.tell(trainer.step, "done")
+    return Outcome(trainer.step, journal.seconds, journal.resumed, validation, trainer.best)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, label: str, trainer: Trainer) -> Iterator[None]:
+    """Turn what the file system refuses into a sentence; checkpoints already committed are untouched."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise ArchipelError(
+            f"training {label} stopped at step {trainer.step}: {where} cannot be written ({error.strerror or error}): "
+            "free space or make it writable, then start again; finished checkpoints are kept"
+        ) from error
