@@ -1,0 +1,236 @@
+"""Which experts speak, how loudly, and their mixture as one velocity.
+
+A strategy is a ``Weighting``: (x, t, cond) -> weights (B, K) whose rows sum to 1. Weights that follow the posterior at
+every step are ``Routed`` (top-k, threshold, full); weights that are settled before the first step are ``Fixed`` (oracle,
+ancestral, one expert, uniform, random, the monolith as an ensemble of one). The mixture knows velocities and a
+posterior, never networks, so exact ones, remote ones and other ensembles fit as well.
+
+Source: Decentralized Diffusion Models (arXiv 2501.05450), eq. 4 and its test-time strategies (Table 1); renormalised
+over the kept experts, v = sum_{k in S} w_k v_k / sum_{k in S} w_k. Drawing a new expert at every step broke that
+paper's samples; drawing one per clip for the whole path ("ancestral") does not, since p(x | c) = sum_k p(k | c) p_k(x | c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archipel.contracts import Conditioning, Posterior, Velocity
+from archipel.ensemble.guidance import Composition, branch_weights, combine
+from archipel.errors import ArchipelError
+from archipel.flow import draws
+
+Select = Callable[[Tensor], Tensor]
+"""Posterior (B, K) -> bool (B, K): the experts that are kept, at least one per row."""
+
+
+# --- choosing a set of experts ---------------------------------------------------------------------------------------
+
+
+def top_k(count: int) -> Select:
+    """Keep the ``count`` likeliest experts (all, where there are fewer); of equal ones those with lower numbers."""
+    if count < 1:
+        raise ValueError(f"top-k needs k of 1 or more, got {count}")
+
+    def select(p: Tensor) -> Tensor:
+        best = torch.sort(p, dim=1, descending=True, stable=True).indices[:, :count]
+        return torch.zeros_like(p, dtype=torch.bool).scatter_(1, best, True)
+
+    return select
+
+
+def at_least(threshold: float) -> Select:
+    """Keep every expert with p >= ``threshold``, and always the likeliest."""
+    best = top_k(1)
+    return lambda p: (p >= threshold) | best(p)
+
+
+def everyone(p: Tensor) -> Tensor:
+    """Keep all experts: the exact ensemble, if router and experts are exact."""
+    return torch.ones_like(p, dtype=torch.bool)
+
+
+def renormalise(p: Tensor, kept: Tensor) -> Tensor:
+    """p over the kept experts, rows summing to 1, (B, K); equal shares where p gives the kept ones nothing at all.
+
+    The last case is real: the null branch's posterior over a set that the conditional branch chose.
+    """
+    share = p * kept
+    total = share.sum(1, keepdim=True)
+    equal = kept.to(p.dtype) / kept.sum(1, keepdim=True)
+    return torch.where(total > torch.finfo(p.dtype).tiny, share / total.clamp(min=torch.finfo(p.dtype).tiny), equal)
+
+
+# --- weightings ------------------------------------------------------------------------------------------------------
+
+
+class Weighting(Protocol):
+    """``weights(x, t, cond, null) -> (w, n)``: (B, K) each, rows sum to 1; n (for the null branch) has w's support.
+
+    ``null`` says whether n is wanted; where it is not, n may be w itself.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]: ...
+
+    def needed(self) -> list[int] | None:
+        """Experts that can get weight, or None where all can."""
+        ...
+
+
+class Routed:
+    """Weights from the posterior at every step, restricted to the experts that ``select`` keeps."""
+
+    def __init__(self, router: Posterior, select: Select) -> None:
+        self._router, self._select = router, select
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
+        if not null:
+            p = _checked(self._router(x, t, cond))
+            w = renormalise(p, self._select(p))
+            return w, w
+        doubled = Conditioning.cat([cond, cond.null()])
+        p, q = _checked(self._router(torch.cat([x, x]), torch.cat([t, t]), doubled)).chunk(2)
+        kept = self._select(p)  # chosen by p(k | x, t, c) alone: one set of experts serves both branches
+        return renormalise(p, kept), renormalise(q, kept)
+
+    def needed(self) -> list[int] | None:
+        return None
+
+
+def _checked(p: Tensor) -> Tensor:
+    if not bool(torch.isfinite(p).all()):
+        raise ArchipelError("the router's weights are not finite numbers: train the router again")
+    return p
+
+
+class Fixed:
+    """Weights (B, K) that are the same at every time."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
+        w = self._weights.to(x)
+        return w, w
+
+    def needed(self) -> list[int] | None:
+        return [k for k in range(self._weights.shape[1]) if bool((self._weights[:, k] > 0).any())]
+
+
+def one_each(chosen: Sequence[int] | np.ndarray | Tensor, k: int) -> Fixed:
+    """One given expert per clip: the oracle (a clip's true cluster), one fixed expert, a drawn one.
+
+    Raises ArchipelError for a number outside 0 to k - 1.
+    """
+    numbers = torch.as_tensor(np.asarray(chosen), dtype=torch.int64)
+    wrong = [int(n) for n in numbers if not 0 <= int(n) < k]
+    if wrong:
+        raise ArchipelError(f"there is no expert {wrong[0]}: this run has experts 0 to {k - 1}")
+    return Fixed(torch.nn.functional.one_hot(numbers, k).float())
+
+
+def uniform(clips: int, k: int) -> Fixed:
+    """Every expert with weight 1 / k: a control that ignores the router."""
+    return Fixed(torch.full((clips, k), 1 / k))
+
+
+def random_expert(seeds: Sequence[int], k: int) -> Fixed:
+    """One expert per clip drawn evenly from the clip's seed: a control for the router's choice."""
+    u = np.concatenate([draws.uniforms(seed, [1]) for seed in seeds]) if seeds else np.empty(0)
+    return one_each(np.minimum((u * k).astype(np.int64), k - 1), k)
+
+
+def text_posterior(router: Posterior, cond: Conditioning, shape: Sequence[int], noises: int = 8) -> Tensor:
+    """p(k | c), (B, K) on the CPU: what the captions alone say about the cluster.
+
+    At t = 1 the state is pure noise, x_1 = eps, and carries nothing of the clip, so p(k | x_1, 1, c) = p(k | c): the router
+    is its own text-only posterior there and no second one has to be trained. A trained router still looks a little at
+    the noise; the mean over ``noises`` fixed noises (the same for every caption and seed) takes that out, and makes the
+    answer a function of the caption only.
+    """
+    rows, device = len(cond), cond.pooled.device
+    total = torch.zeros(())
+    for noise in draws.normals(0, range(noises), shape, purpose=draws.ROUTE):
+        x = torch.from_numpy(noise).to(device).expand(rows, *shape)
+        total = total + _checked(router(x, torch.ones(rows, device=device), cond)).double().cpu()
+    return total / noises
+
+
+def draw(p: Tensor, seeds: Sequence[int]) -> np.ndarray:
+    """One k ~ p[i] per row of p (B, K), int64 (B,), by inversion of a uniform that belongs to the clip's seed only."""
+    u = np.array([draws.uniforms(seed, [0])[0] for seed in seeds])
+    below = np.cumsum(p.double().cpu().numpy(), axis=1)
+    passed = (u[:, None] * below[:, -1:] >= below).sum(1)
+    return np.asarray(np.minimum(passed, p.shape[1] - 1))
+
+
+def ancestral(router: Posterior, cond: Conditioning, shape: Sequence[int], seeds: Sequence[int]) -> Fixed:
+    """Draw k ~ p(k | c) once per clip and follow expert k alone to t = 0: exact for a mixture, one expert per clip.
+
+    The posterior needs the caption and no noisy latent; the draw needs the clip's seed, in a stream of its own, so it
+    is independent of the clip's noise and of its batch mates.
+    """
+    p = text_posterior(router, cond, shape)
+    return one_each(draw(p, seeds), p.shape[1])
+
+
+# --- the mixture -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """What a mixture did: per velocity call its time and weights (B, K) float32 on the CPU; rows computed per expert."""
+
+    times: list[float] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def per_step(self, solver: str) -> np.ndarray:
+        """Weights at the beginning of every solver step, float32 (B, S, K). Heun calls twice per step but the last."""
+        return torch.stack(self.weights[:: 2 if solver == "heun" else 1], dim=1).numpy()
+
+
+class Mixture:
+    """Experts under a weighting as one ``Velocity``, with guidance in either composition.
+
+    Rows are grouped by expert: each expert is called at most once per time, on the rows that give it weight and (for
+    s other than 0 and 1) on both branches of them at once. So top-1 costs what one expert costs, plus the router.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Velocity],
+        weighting: Weighting,
+        guidance: float = 1.0,
+        composition: Composition = "mixture-of-guided",
+        trace: Trace | None = None,
+    ) -> None:
+        self._experts, self._weighting = list(experts), weighting
+        self._scale, self._composition, self._trace = guidance, composition, trace
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        null_wanted = self._scale != 1 and self._composition == "guided-mixture"
+        w, n = self._weighting(x, t, cond, null_wanted)
+        if w.shape != (x.shape[0], len(self._experts)):
+            raise ValueError(
+                f"weights of shape {tuple(w.shape)} for {x.shape[0]} rows and {len(self._experts)} experts"
+            )
+        a, b = branch_weights(w, n, self._scale, self._composition)
+        if self._trace is not None:
+            self._trace.times.append(float(t[0]) if len(t) else 0.0)
+            self._trace.weights.append(w.detach().float().cpu())
+        v = torch.zeros_like(x)
+        for k, expert in enumerate(self._experts):
+            rows = ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            part = combine(expert, x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+            v.index_add_(0, rows, part.to(v.dtype))
+            if self._trace is not None:
+                self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self._scale in (0, 1) else 2)
+        return v
