@@ -33,7 +33,7 @@ class Ema:
         self.beta = beta
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._average = list(self.tensors.values())
-        self._live = [p for _, p in model.named_parameters()]
+        self._live: list[Tensor] = [p for _, p in model.named_parameters()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -7,11 +7,6 @@ depends on the step alone, and checkpoints from which the rest follows bit for b
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import math
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from archipel import config, store
-from archipel.errors import ArchipelError
+from archipel import config
+from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 from archipel.training import checkpoint, schedule
 from archipel.training.checkpoint import Checkpoint
 from archipel.training.ema import Ema, decay
+from archipel.training.journal import Journal, read_progress
 
-logger = logging.getLogger("archipel")
-METRICS = "metrics.jsonl"
-PROGRESS = "progress.json"
 CHECKPOINTS = "checkpoints"
-_LINES = 50  # at least so many metrics lines per run, where it has as many steps
-_PROGRESS_EVERY = 1.0  # seconds
 
 
 class Objective(Protocol):
@@ -84,6 +75,10 @@ class Settings:
             keep=keep,
         )
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: nothing but the step decides it."""
+        return schedule.rate(step, peak=self.lr, steps=self.steps, warmup=self.warmup, cooldown=self.cooldown)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -119,13 +114,11 @@ class Trainer:
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """One step: mean loss and gradient norm, detached and still on the device."""
-        s = self.settings
-        rate = schedule.rate(self.step, peak=s.lr, steps=s.steps, warmup=s.warmup, cooldown=s.cooldown)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.settings.rate(self.step)
         loss = self.objective.loss(self.objective.batch(self.step)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, s.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -197,88 +190,6 @@ class Trainer:
         self.objective.model.eval()
 
 
-class _Journal:
-    """metrics.jsonl and progress.json of one training; checks that every loss was finite."""
-
-    def __init__(self, folder: Path, label: str, settings: Settings, start: int, seconds: float, resumed: int) -> None:
-        self.folder, self.label, self.settings, self.start, self.resumed = folder, label, settings, start, resumed
-        self.every = max(1, min(10, settings.steps // _LINES))
-        self._before, self._began, self._told = seconds, time.monotonic(), -math.inf
-        self._pending: list[Tensor] = []
-        self.loss = math.nan
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = store.read_jsonl(folder / METRICS)
-        kept = [row for row in rows if int(row.get("step", 0)) <= start]
-        # A killed process may have written lines after its last checkpoint: those steps are made, and told, again.
-        store.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-
-    @property
-    def seconds(self) -> float:
-        """Time spent training, over all processes, up to the last checkpoint of each."""
-        return self._before + time.monotonic() - self._began
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._pending.append(torch.stack([loss, norm]))
-
-    def flush(self, step: int, validation: Mapping[str, Any] | None = None) -> None:
-        """Write one line for the steps since the last. Raises ArchipelError naming the first that was not finite."""
-        line: dict[str, Any] = {"step": step}
-        if self._pending:
-            values = torch.stack(self._pending).tolist()
-            first = step - len(values) + 1
-            for offset, (loss, norm) in enumerate(values):
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    what = "loss" if not math.isfinite(loss) else "gradient"
-                    raise ArchipelError(
-                        f"training {self.label}: the {what} is not finite at step {first + offset} (rate "
-                        f"{self._rate(first + offset - 1):.3g}): make a new run with a lower lr, a longer warmup or a smaller "
-                        "grad_clip; the last good checkpoint is kept"
-                    )
-            self._pending.clear()
-            self.loss = sum(loss for loss, _ in values) / len(values)
-            line |= {"loss": self.loss, "grad_norm": sum(norm for _, norm in values) / len(values)}
-        line |= {"lr": self._rate(step - 1), "seconds": round(self.seconds, 3)}
-        if validation:
-            line |= {
-                "validation": validation["raw"]["loss"],
-                "validation_ema": validation["ema"]["loss"],
-                "validation_detail": dict(validation),
-            }
-        store.append_jsonl(self.folder / METRICS, line)
-
-    def _rate(self, step: int) -> float:
-        s = self.settings
-        return schedule.rate(step, peak=s.lr, steps=s.steps, warmup=s.warmup, cooldown=s.cooldown)
-
-    def tell(self, step: int, state: str = "training") -> None:
-        """Rewrite progress.json, at most once a second while training."""
-        now = time.monotonic()
-        if state == "training" and now - self._told < _PROGRESS_EVERY:
-            return
-        self._told = now
-        speed = (step - self.start) / (now - self._began) if now > self._began else 0.0
-        value = {
-            "step": step,
-            "steps": self.settings.steps,
-            "loss": self.loss if math.isfinite(self.loss) else None,
-            "steps_per_s": round(speed, 4),
-            "state": state,
-            "resumed": self.resumed,
-        }
-        # Renamed but not synced: nothing depends on this file, and a sync every second would cost speed.
-        aside = self.folder / f".{PROGRESS}.{os.getpid()}.tmp"
-        aside.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        aside.replace(self.folder / PROGRESS)
-
-
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What a training process last said of itself, or None where none has started."""
-    with contextlib.suppress(ArchipelError, OSError):
-        value = store.read_json(folder / PROGRESS)
-        return value if isinstance(value, dict) else None
-    return None
-
-
 def fit(
     objective: Objective,
     settings: Settings,
@@ -303,21 +214,28 @@ def fit(
     if start is not None:
         trainer.restore(start)
     with _writing(folder, label, trainer):
-        journal = _Journal(
-            folder, label, settings, trainer.step, float(start.manifest.get("seconds", 0)) if start else 0.0, resumed
+        journal = Journal(
+            folder,
+            label,
+            steps=settings.steps,
+            rate=settings.rate,
+            start=trainer.step,
+            seconds=float(start.manifest.get("seconds", 0.0)) if start else 0.0,
+            resumed=resumed,
         )
         journal.tell(trainer.step, "starting")
         try:
             return _run(trainer, journal, stop, run_id, start, facts)
-        except BaseException:
+        except BaseException as error:
+            state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
             with contextlib.suppress(OSError):
-                journal.tell(trainer.step, "stopped")
+                journal.tell(trainer.step, state)
             raise
 
 
 def _run(
     trainer: Trainer,
-    journal: _Journal,
+    journal: Journal,
     stop: StopFlag | None,
     run_id: str,
     start: Checkpoint | None,
