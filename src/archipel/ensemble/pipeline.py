@@ -77,7 +77,7 @@ class Parts:
         return velocity
 
     def _load_denoiser(self, name: str) -> Velocity:
-        from archipel.backbones import load_denoiser
+        from archipel.backbones.flux import load_denoiser
 
         self.check([name])
         return cast(Velocity, load_denoiser(self.run.expert(name)).eval().to(self.device))

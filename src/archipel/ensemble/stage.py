@@ -1,0 +1,245 @@
+"""Stage *generate*: every arm's clips for the same captions and the same noise, beside the real clips.
+
+Files of ``samples/<split>/``: ``prompts.json`` (row i of everything else is its entry i), ``<arm>.safetensors`` with clips
+uint8 (N, F, H, W, 3), seeds and rows int64 (N,), weights float32 (N, S, K) where experts are mixed; ``real`` and ``codec``
+(the real clips, and the real clips through the codec) with clips and rows. Where there are fewer clips than
+``evaluate.count``, captions come back with new noise and their real clips are repeated: ``rows`` tells which are one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from archipel import cache, store
+from archipel.contracts import Conditioning
+from archipel.encoders.codecs import from_uint8, to_uint8
+from archipel.ensemble.pipeline import Archipelago, Parts, Settings, parse_strategy
+from archipel.errors import ArchipelError
+from archipel.flow import draws
+from archipel.manifest import Clip, read_manifest
+from archipel.partition.assignment import load_assignment
+from archipel.progress import Progress, StopFlag
+from archipel.run import MONOLITH, ROUTER, Run
+
+logger = logging.getLogger("archipel")
+BATCH = 16  # clips at a time; part of what decides the last bits, so not a setting
+SEEDS_PER_RUN = 1_000_000  # clip i of a run with seed s has seed 1,000,000 s + i: `generate --seed` makes it again
+
+
+def choose_rows(clips: Sequence[Clip], split: str, count: int, seed: int) -> list[int]:
+    """``count`` manifest rows of a split: one per content group first, then second clips of groups, then again.
+
+    The order of groups and of clips within a group is a function of ``seed`` and of the split's rows.
+    Raises ArchipelError where the split is empty.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, clip in enumerate(clips):
+        if clip.split == split:
+            groups.setdefault(clip.group, []).append(row)
+    if not groups:
+        raise ArchipelError(
+            f"evaluate.split = {split!r}, but no clip is in that split: use more clips, or a larger share in clips.split"
+        )
+    generator = draws.generator(seed, draws.CHOICE, item=2)
+    shuffled = [list(generator.permutation(groups[name])) for name in generator.permutation(sorted(groups))]
+    rounds = max(len(rows) for rows in shuffled)
+    once = [int(rows[turn]) for turn in range(rounds) for rows in shuffled if turn < len(rows)]
+    return [once[i % len(once)] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be generated: manifest rows and seeds, one per clip, the same for all arms."""
+
+    run: Run
+    clips: list[Clip]
+    rows: np.ndarray
+    seeds: list[int]
+    clusters: np.ndarray
+
+    @classmethod
+    def of(cls, run: Run) -> Plan:
+        config, clips = run.config, read_manifest(run.manifest)
+        rows = choose_rows(clips, config.evaluate.split, config.evaluate.count, config.run.seed)
+        seeds = [config.run.seed * SEEDS_PER_RUN + i for i in range(len(rows))]
+        return cls(run, clips, np.array(rows, dtype=np.int64), seeds, load_assignment(run)[rows])
+
+    @property
+    def folder(self) -> Path:
+        return self.run.samples(self.run.config.evaluate.split)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        found = [self.clips[row] for row in self.rows]
+        return [
+            {"caption": c.caption, "row": int(r), "id": c.id, "group": c.group, "cluster": int(k), "seed": s}
+            for c, r, k, s in zip(found, self.rows, self.clusters, self.seeds, strict=True)
+        ]
+
+    @cached_property
+    def cond(self) -> Conditioning:
+        """The captions as training saw them, from the cache."""
+        text = cache.open_kind(self.run.cache, "text")
+        parts = [torch.from_numpy(np.array(text[name][self.rows])) for name in ("tokens", "mask", "pooled")]
+        return Conditioning(*parts)
+
+    def pixels(self) -> np.ndarray:
+        return np.asarray(cache.open_kind(self.run.cache, "pixels")["clips"][self.rows])
+
+
+def needed_parts(run: Run, arm: str) -> list[str]:
+    """Jobs whose weights an arm reads."""
+    if arm == MONOLITH:
+        return [MONOLITH]
+    return run.expert_names if arm == "oracle" else [*run.expert_names, ROUTER]
+
+
+def _inputs(run: Run, arm: str, prompts: Sequence[dict[str, Any]]) -> str:
+    """Hash of all that decides an arm's clips, so that it is generated again after any of it was trained again."""
+    parts: dict[str, Any] = {"codec": (store.read_card(run.codec) or {}).get("files")}
+    if arm not in ("real", "codec"):
+        parts |= {name: (store.read_card(run.expert(name)) or {}).get("files") for name in needed_parts(run, arm)}
+    calibration = run.expert(ROUTER) / "calibration.json"
+    if ROUTER in parts and calibration.is_file():
+        parts["calibration"] = store.sha256_file(calibration)
+    return store.sha256_json({"arm": arm, "run": run.id, "prompts": list(prompts), "batch": BATCH, "parts": parts})
+
+
+def _made(folder: Path, arm: str, inputs: str) -> bool:
+    facts = folder / f"{arm}.json"
+    return facts.is_file() and (folder / f"{arm}.safetensors").is_file() and store.read_json(facts)["inputs"] == inputs
+
+
+def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
+    """Make what is missing of ``samples/<evaluate.split>/`` and commit it with a card.
+
+    An interrupted arm continues after its last whole batch. An arm whose experts, router or codec were made anew is
+    generated again, others are kept. Raises MissingStageError naming what has to run first, Stopped where asked to stop.
+    """
+    arms = list(run.config.evaluate.arms)
+    run.need(run.codec, "prepare")
+    run.need(run.partition, "partition")
+    parts = Parts(run)
+    parts.check(sorted({name for arm in arms for name in needed_parts(run, arm)}))
+    plan = Plan.of(run)
+    prompts = plan.prompts()
+    inputs = {arm: _inputs(run, arm, prompts) for arm in ("real", "codec", *arms)}
+    missing = [arm for arm in inputs if not _made(plan.folder, arm, inputs[arm])]
+    card = store.read_card(plan.folder)
+    if not missing and card is not None and card.get("inputs") == inputs:
+        return
+    (plan.folder / "card.json").unlink(missing_ok=True)
+    store.write_json(plan.folder / "prompts.json", prompts)
+    archipelago = Archipelago(parts)
+    for arm in ("real", "codec"):
+        if arm in missing:
+            _real(plan, archipelago, arm, inputs[arm])
+    todo = [arm for arm in arms if arm in missing]
+    done_arms = [arm for arm in arms if arm not in missing]
+    steps = run.config.sample.steps
+    costs = {arm: _cost(run, arm) * len(prompts) * steps for arm in arms}
+    label = f"generate: {len(arms)} arms"
+    with Progress(label, sum(costs.values()), sum(costs[arm] for arm in done_arms)) as bar:
+        for arm in todo:
+            _generate_arm(plan, archipelago, arm, inputs[arm], bar, stop)
+    _commit(plan, inputs)
+
+
+def _cost(run: Run, arm: str) -> int:
+    """Expert calls per clip and step, roughly: what the estimate of the time left counts in."""
+    k = run.config.partition.k
+    return {"full": k, "top2": min(2, k), "threshold": min(2, k)}.get(arm, 1)
+
+
+def _real(plan: Plan, archipelago: Archipelago, arm: str, inputs: str) -> None:
+    clips = plan.pixels()
+    if arm == "codec":
+        codec, out = archipelago.parts.codec, []
+        with torch.no_grad():
+            for begin in range(0, len(clips), BATCH):
+                out.append(to_uint8(codec.decode(codec.encode(from_uint8(clips[begin : begin + BATCH])))))
+        clips = np.concatenate(out)
+    store.write_tensors(plan.folder / f"{arm}.safetensors", {"clips": clips, "rows": plan.rows})
+    store.write_json(plan.folder / f"{arm}.json", {"inputs": inputs, "arm": arm})
+
+
+def _generate_arm(
+    plan: Plan, archipelago: Archipelago, arm: str, inputs: str, bar: Progress, stop: StopFlag | None
+) -> None:
+    """One arm in batches; each is kept in a folder of its own until the arm is whole."""
+    settings = Settings.of(plan.run.config, strategy=arm)
+    count, cost = len(plan.seeds), _cost(plan.run, arm)
+    kept = plan.folder / ".parts" / f"{arm}-{inputs[:16]}"
+    at_start, began = bar.done, time.monotonic()
+    pieces: list[dict[str, np.ndarray]] = []
+    for begin in range(0, count, BATCH):
+        if stop:
+            raise stop.error("generate")
+        part = slice(begin, min(begin + BATCH, count))
+        size, path = part.stop - begin, kept / f"{begin:06d}.safetensors"
+        before = at_start + begin * settings.steps * cost
+        if not path.is_file():
+            store.write_tensors(path, _batch(plan, archipelago, settings, part, (bar, before, size * cost), stop))
+        pieces.append({name: np.array(array) for name, array in store.map_tensors(path).items()})
+        bar.update(before + size * settings.steps * cost, arm)
+    tensors = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0] if name != "expert_rows"}
+    expert_rows = sum(int(piece["expert_rows"][0]) for piece in pieces)
+    tensors |= {"seeds": np.array(plan.seeds, dtype=np.int64), "rows": plan.rows}
+    store.write_tensors(plan.folder / f"{arm}.safetensors", tensors)
+    facts = {"inputs": inputs, "arm": arm, "settings": vars(settings), "expert_rows_per_clip": expert_rows / count}
+    store.write_json(plan.folder / f"{arm}.json", facts)
+    shutil.rmtree(kept, ignore_errors=True)
+    logger.info("generate %s: %d clips in %.1f s", arm, count, time.monotonic() - began)
+
+
+def _batch(
+    plan: Plan,
+    archipelago: Archipelago,
+    settings: Settings,
+    part: slice,
+    place: tuple[Progress, int, int],
+    stop: StopFlag | None,
+) -> dict[str, np.ndarray]:
+    bar, before, units = place
+
+    def on_step(i: int, n: int, x: torch.Tensor, t: float) -> None:
+        if stop and i < n:
+            raise stop.error("generate")
+        bar.update(before + i * units, settings.strategy)
+
+    clusters = (
+        plan.clusters[part].tolist()
+        if parse_strategy(settings.strategy, plan.run.config.partition.k)[0] == "oracle"
+        else None
+    )
+    latents, trace = archipelago.sample(settings, plan.cond[part], plan.seeds[part], clusters=clusters, on_step=on_step)
+    out = {"clips": archipelago.decode(latents), "expert_rows": np.array([sum(trace.rows.values())], dtype=np.int64)}
+    if settings.strategy != MONOLITH:
+        out["weights"] = trace.per_step(settings.solver)
+    return out
+
+
+def _commit(plan: Plan, inputs: dict[str, str]) -> None:
+    config = plan.run.config
+    shutil.rmtree(plan.folder / ".parts", ignore_errors=True)
+    names = ["prompts.json", *(f"{arm}{suffix}" for arm in inputs for suffix in (".safetensors", ".json"))]
+    protocol = {
+        "split": config.evaluate.split,
+        "clips": len(plan.rows),
+        "unique": len(set(plan.rows.tolist())),
+        "groups": len({plan.clips[row].group for row in plan.rows}),
+        "prompts": store.sha256_json(plan.prompts()),
+        **config.sample.model_dump(mode="json"),
+    }
+    store.write_card(
+        plan.folder, "samples", plan.run.id, names, arms=list(config.evaluate.arms), inputs=inputs, protocol=protocol
+    )
