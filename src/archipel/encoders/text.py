@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,9 @@ def open_text(config: TextConfig) -> MiniLM:
 @contextlib.contextmanager
 def _without_loading_bar() -> Iterator[None]:
     """transformers draws a bar of its own over ours while it loads; whoever had it on gets it back."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library_logging
 
+    logging: Any = library_logging
     before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
