@@ -1,0 +1,104 @@
+"""The calibrated router: a ``Posterior`` made of a network that gives logits and temperatures by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archipel import store
+from archipel.contracts import Conditioning
+from archipel.errors import DamagedError, MissingStageError
+from archipel.routing.calibration import Calibration
+from archipel.run import ROUTER, Run
+
+Logits = Callable[[Tensor, Tensor, Conditioning], Tensor]
+CALIBRATION = "calibration.json"
+QUALITY = "quality.json"
+
+
+class CalibratedRouter:
+    """``router(x, t, cond) -> p`` (B, K), rows summing to 1: p(k | x_t, t, c). A ``Posterior``.
+
+    ``router.logits(x, t, cond)`` are the network's own, before calibration; ``router.log_posterior`` is log p in
+    float64. A row counts as without caption where no text token is real (``cond.mask`` all False), as in the null
+    condition. No gradients; x may be on any device that the network is on.
+    """
+
+    def __init__(self, network: Logits, calibration: Calibration) -> None:
+        self.network, self.calibration = network, calibration
+
+    @property
+    def experts(self) -> int:
+        return len(self.calibration.prior)
+
+    def to(self, device: torch.device | str) -> CalibratedRouter:
+        if isinstance(self.network, torch.nn.Module):
+            self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """(B, K), as the network gives them."""
+        return self.network(x, t, cond)
+
+    @torch.no_grad()
+    def log_posterior(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Calibrated log p(k | x_t, t, c), (B, K) float64, on x's device."""
+        logits = self.logits(x, t, cond).double()
+        null = ~cond.mask.any(1)
+        times = t.detach().double().expand(len(x)).cpu().numpy()
+        temperature = torch.from_numpy(self.calibration.at(times, null.cpu().numpy())).to(logits.device)
+        log_prior = torch.from_numpy(np.log(self.calibration.prior)).to(logits.device)
+        return (log_prior + (logits - log_prior) / temperature[:, None]).log_softmax(1)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.log_posterior(x, t, cond).exp().to(x.dtype)
+
+
+def model_hash(folder: Path) -> str:
+    """sha256 of the router's weights as its card states it: what ties a calibration to a training."""
+    card = store.read_card(folder)
+    if card is None:
+        raise MissingStageError(f"{folder} is not trained: run `archipel train RUN router` first")
+    try:
+        return str(card["files"]["model.safetensors"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{folder / 'card.json'} does not list model.safetensors; remove it and train again"
+        ) from error
+
+
+def read_calibration(run: Run) -> Calibration | None:
+    """The calibration of the router as it is now, or None where there is none or it belongs to another training."""
+    folder = run.expert(ROUTER)
+    path = folder / CALIBRATION
+    if not path.exists():
+        return None
+    value = store.read_json(path)
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is not a calibration: remove it and run `archipel route {run.root}`")
+    if value.get("run") != run.id or value.get("model_sha256") != model_hash(folder):
+        return None
+    found = Calibration.from_json(value, str(path))
+    if len(found.prior) != run.config.partition.k:
+        raise DamagedError(
+            f"{path} is for {len(found.prior)} experts, the run has {run.config.partition.k}: route again"
+        )
+    return found
+
+
+def load_router(run: Run) -> CalibratedRouter:
+    """The run's router, on the CPU. Raises MissingStageError where it is not trained or (for these weights) not
+    calibrated, DamagedError where a file is not what its card says."""
+    from archipel.backbones.router import load_router_network
+
+    folder = run.expert(ROUTER)
+    run.need(folder, "route")
+    calibration = read_calibration(run)
+    if calibration is None:
+        raise MissingStageError(f"{folder} is not calibrated: run `archipel route {run.root}` first")
+    return CalibratedRouter(load_router_network(folder), calibration)
