@@ -1,0 +1,95 @@
+"""Copying and coverage: are generated clips new, and do they cover what the real clips cover?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances between rows of a (n, D) and b (m, D): (n, m) float64."""
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    # A common shift keeps the expansion accurate where features have a large mean.
+    shift = second.mean(0)
+    first, second = first - shift, second - shift
+    squares = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2 * first @ second.T
+    return np.asarray(np.sqrt(np.clip(squares, 0, None)))
+
+
+def nearest(a: np.ndarray, b: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+    """Distance of every row of a (n, D) to its nearest row of b (m, D): (n,); ``hidden`` (n, m) bool are passed over."""
+    table = distances(a, b)
+    if hidden is not None:
+        table = np.where(hidden, np.inf, table)
+    return np.asarray(table.min(1))
+
+
+def nearer_than(values: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """For every value (n,) the share of ``real`` (m,) that is larger, ties counting half: (n,) in [0, 1].
+
+    With distances to the nearest training clip its mean is the probability that a generated clip is nearer to the
+    training clips than an unseen real clip is (Mann & Whitney 1947): 0.5 where nothing was copied.
+    """
+    order = np.sort(real)
+    below = np.searchsorted(order, values, "left")
+    upto = np.searchsorted(order, values, "right")
+    return np.asarray(1 - (below + upto) / 2 / len(order))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Per-clip terms; their means are the four numbers.
+
+    precision, density: (n,) one per generated clip; recall, coverage: (m,) one per real clip.
+    """
+
+    precision: np.ndarray
+    density: np.ndarray
+    recall: np.ndarray
+    coverage: np.ndarray
+
+
+def neighbours(n: int, asked: int = 5) -> int:
+    """k of the k-NN balls: ``asked``, less where there are fewer clips."""
+    return max(1, min(asked, n - 1))
+
+
+def coverage(
+    real: np.ndarray,
+    generated: np.ndarray,
+    k: int,
+    group_real: np.ndarray | None = None,
+    group_generated: np.ndarray | None = None,
+) -> Coverage:
+    """Precision and recall (Kynkaanniemi et al. 2019, eq. 2), density and coverage (Naeem et al. 2020, eq. 4 and 6).
+
+    real (m, D), generated (n, D). With groups (ints, one numbering), pairs of one content group are not looked at:
+    neither for the balls' radii nor for membership, so that the real clips themselves can be scored by the same rule.
+    """
+    m, n = len(real), len(generated)
+    rows = np.arange(m) if group_real is None else np.asarray(group_real)
+    columns = np.arange(n) if group_generated is None else np.asarray(group_generated)
+    rr, gg, rg = distances(real, real), distances(generated, generated), distances(real, generated)
+    rr[rows[:, None] == rows[None]] = np.inf
+    gg[columns[:, None] == columns[None]] = np.inf
+    if group_real is not None and group_generated is not None:
+        rg[rows[:, None] == columns[None]] = np.inf
+    radius_real, radius_generated = _kth(rr, k), _kth(gg, k)
+    inside_real: np.ndarray = rg < radius_real[:, None]  # generated j lies in real i's ball
+    inside_generated: np.ndarray = rg < radius_generated[None]  # real i lies in generated j's ball
+    return Coverage(
+        precision=np.any(inside_real, 0).astype(np.float64),
+        density=inside_real.sum(0) / k,
+        recall=np.any(inside_generated, 1).astype(np.float64),
+        coverage=np.any(inside_real, 1).astype(np.float64),
+    )
+
+
+def _kth(table: np.ndarray, k: int) -> np.ndarray:
+    """Distance to the k-th nearest row, or to the farthest finite one where there are fewer than k."""
+    ordered = np.sort(table, 1)
+    finite = np.isfinite(ordered).sum(1)
+    pick = np.clip(np.minimum(k, finite) - 1, 0, None)
+    radius = ordered[np.arange(len(ordered)), pick]
+    return np.where(finite > 0, radius, 0.0)

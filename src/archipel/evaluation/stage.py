@@ -1,0 +1,226 @@
+"""The evaluation stage: samples and real clips -> ``scores/<split>.json`` and ``scores/<split>.extra.json``.
+
+``<split>.json`` is a list of {"arm", "metric", "value", "low", "high", "n", "groups", "protocol"}. ``<split>.extra.json``
+holds what does not fit into rows: "comparisons" (primary arm against monolith: difference, ratio or null, verdict),
+"probe" (withheld or not, table of real, codec, static and reversed clips beside chance), "copying" (table, verdict),
+"clusters" (shares of the data and of every arm), "floors", "extractors" (which made the partition, which is primary),
+"pca", "uncorrected_excess" and "notes".
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from archipel import store
+from archipel.errors import ConfigError, MissingStageError
+from archipel.evaluation import measure, verdicts
+from archipel.evaluation.inputs import (
+    CODEC,
+    EXTRACTORS,
+    REAL,
+    Extract,
+    Inputs,
+    default_extract,
+    features_identity,
+    probe_extractors,
+    read_inputs,
+)
+from archipel.evaluation.intervals import FEW_GROUPS, Interval
+from archipel.evaluation.measure import Frame, Score
+from archipel.progress import Progress, StopFlag, log_to
+from archipel.run import MONOLITH, Run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.table import Table
+
+logger = logging.getLogger("archipel")
+CODE = 1  # raised whenever the same inputs give other scores
+METRICS = (
+    *(f"{kind}-{name}" for kind in ("KID", "excess-FD", "FD") for name in EXTRACTORS),
+    "text-video-probe",
+    "retrieval@1",
+    "retrieval@5",
+)
+
+
+def evaluate(run: Run, stop: StopFlag | None = None, *, extract: Extract = default_extract) -> None:
+    """Score every arm of the configured split; what is done already is left as it is.
+
+    Features of generated clips are kept beside the samples, so that interrupted work continues and a second evaluation is
+    quick. Raises MissingStageError before *generate* has finished, ConfigError for an unknown primary metric, Stopped.
+    """
+    check_primary(run.config.evaluate.primary)
+    began = time.monotonic()
+    with log_to(run.log("evaluate")):
+        run.need(run.samples(run.config.evaluate.split), "generate")
+        run.need(run.partition, "partition")
+        key = _key(run)
+        if _finished(run, key):
+            return
+        inputs = read_inputs(run, stop, extract)
+        rows, extra = score(inputs, stop)
+        path = run.scores(inputs.split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_json(extra_path(run), {**extra, "key": key, "seconds": round(time.monotonic() - began, 2)})
+        store.write_json(path, rows)  # last: its presence says that the stage is done
+        logger.info("evaluate: %d scores of %d arms in %.1f s", len(rows), len(inputs.arms), time.monotonic() - began)
+
+
+def check_primary(metric: str) -> None:
+    """Refuse a primary metric that this stage does not compute, naming the nearest one."""
+    if metric not in METRICS:
+        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)
+        raise ConfigError(f"evaluate.primary = {metric!r} is not a metric; the nearest is {near[0]!r}")
+
+
+def extra_path(run: Run) -> Path:
+    path = run.scores(run.config.evaluate.split)
+    return path.with_name(f"{path.stem}.extra.json")
+
+
+def _key(run: Run) -> str:
+    card = store.read_card(run.samples(run.config.evaluate.split)) or {}
+    return store.sha256_json(
+        {"run": run.id, "samples": card.get("files", {}), "code": CODE, **features_identity(run.config.evaluate)}
+    )
+
+
+def _finished(run: Run, key: str) -> bool:
+    if not (run.scores(run.config.evaluate.split).exists() and extra_path(run).exists()):
+        return False
+    return bool(store.read_json(extra_path(run)).get("key") == key)
+
+
+def score(inputs: Inputs, stop: StopFlag | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All rows and the extra facts of an evaluation. Raises Stopped between metrics where ``stop`` is set."""
+    frame = Frame.of(inputs)
+    crossed = verdicts.crossing(inputs.run.config)
+    facts: dict[str, Any] = {"left_out": [], "pca": {}, "uncorrected_excess": {}}
+    work: list[Callable[[], Iterator[Score]]] = [
+        *(lambda name=name: measure.kid_scores(frame, name, facts) for name in EXTRACTORS),
+        *(lambda name=name: measure.frechet_scores(frame, name, facts) for name in EXTRACTORS),
+        lambda: measure.probe_scores(frame, probe_extractors(inputs.run), facts),
+        lambda: measure.motion_scores(frame),
+        lambda: measure.copying_scores(frame, crossed["primary_extractor"]),
+        lambda: measure.cluster_scores(frame, facts),
+    ]
+    found: list[Score] = []
+    with Progress("evaluate: scores", len(work)) as bar:
+        for part in work:
+            if stop:
+                raise stop.error("evaluate")
+            found += part()
+            bar.advance()
+    order = {name: place for place, name in enumerate(inputs.arms)}  # the codec first
+    found.sort(key=lambda one: order[one.arm])
+    scores = {(one.arm, one.metric): one for one in found}
+    return [one.row() for one in found], _extra(inputs, frame, scores, facts, crossed)
+
+
+def _extra(
+    inputs: Inputs, frame: Frame, scores: dict[tuple[str, str], Score], facts: dict[str, Any], crossed: dict[str, Any]
+) -> dict[str, Any]:
+    arm = inputs.run.config.sample.strategy
+    copied = verdicts.copying(scores, arm, crossed["primary_extractor"])
+    compared = verdicts.comparisons(scores, arm, crossed["primary"], copied["grew"])
+    return {
+        "format": 1,
+        "run": inputs.run.id,
+        "split": inputs.split,
+        "clips": len(inputs.rows),
+        "groups": frame.groups,
+        "extractors": crossed,
+        "comparisons": compared,
+        "probe": facts.get("probe", {}),
+        "copying": copied,
+        "clusters": facts.get("clusters", {}),
+        "floors": verdicts.floors(scores),
+        "pca": facts["pca"],
+        "uncorrected_excess": facts["uncorrected_excess"],
+        "notes": notes(inputs, frame, facts, crossed, compared),
+    }
+
+
+def notes(
+    inputs: Inputs, frame: Frame, facts: dict[str, Any], crossed: dict[str, Any], compared: list[dict[str, Any]]
+) -> list[str]:
+    """Sentences that belong under the table."""
+    said = []
+    if verdicts.few(frame.groups):
+        said.append(f"{verdicts.TOO_FEW}: {frame.groups} content groups, at least {FEW_GROUPS} are needed")
+    said.append(crossed["sentence"])
+    for name, pca in facts["pca"].items():
+        if pca["dims"] < pca["asked"]:
+            said.append(
+                f"FD-{name}: {pca['dims']} PCA dimensions instead of {pca['asked']}, which is what "
+                f"{len(inputs.train)} training clips and {len(frame.passes[0])} captions support"
+            )
+    again = len(inputs.rows) - len(frame.passes[0])
+    if again:
+        said.append(
+            f"{again} of {len(inputs.rows)} clips repeat a caption with new noise; a content group stays one unit"
+        )
+    table = facts.get("probe", {})
+    if table.get("withheld"):
+        said.append(f"text-video probe withheld: {table['reason']}")
+    said += [f"left out: {one}" for one in facts["left_out"]]
+    said += [f"arm {name} has no samples" for name in inputs.missing]
+    if not compared:
+        arm = inputs.run.config.sample.strategy
+        why = "is the monolith itself" if arm == MONOLITH else "or the monolith has no samples or too few groups"
+        said.append(f"no comparison: the primary arm {arm} {why}")
+    return said
+
+
+# --- for the command line --------------------------------------------------------------------------------------------
+
+
+def table(run: Run) -> list[dict[str, str]]:
+    """Rows of a small table, arms down and a few columns with intervals across; every row has the same keys in order.
+
+    Raises MissingStageError before *evaluate* has finished.
+    """
+    path, config = run.scores(run.config.evaluate.split), run.config
+    if not path.exists():
+        raise MissingStageError(f"{path} is not there: run `archipel evaluate {run.root}` first")
+    rows = store.read_json(path)
+    cells = {(row["arm"], row["metric"]): _cell(row) for row in rows}
+    excess = "excess-FD-" + verdicts.crossing(config)["primary_extractor"]
+    wanted = [config.evaluate.primary, excess, "text-video-probe", "motion", "share-nearer-train"]
+    metrics = [name for name in dict.fromkeys(wanted) if any(metric == name for _, metric in cells)]
+    arms = dict.fromkeys([CODEC, REAL, config.sample.strategy, MONOLITH, *(row["arm"] for row in rows)])
+    return [
+        {"arm": f"{arm} *" if arm == config.sample.strategy else arm, **{m: cells.get((arm, m), "") for m in metrics}}
+        for arm in arms
+        if any((arm, metric) in cells for metric in metrics)
+    ]
+
+
+def _cell(row: dict[str, Any]) -> str:
+    low, high = (float("nan") if row[key] is None else float(row[key]) for key in ("low", "high"))
+    return str(Interval(float(row["value"]), low, high))
+
+
+def rich_table(run: Run) -> Table:
+    """``table`` for a terminal, with the verdict on the primary metric and the first notes below."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows, extra = table(run), store.read_json(extra_path(run))
+    primary = [one["verdict"] for one in extra.get("comparisons", []) if one.get("primary")]
+    caption = "\n".join(chain(primary, extra.get("notes", [])[:2]))
+    shown = Table(
+        title=f"{extra.get('clips')} clips per arm, {run.config.evaluate.split} split", caption=escape(caption)
+    )
+    for name in rows[0] if rows else ["arm"]:
+        shown.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row.values()))
+    return shown
