@@ -35,9 +35,7 @@ class GaussianMixture:
         self.shape = tuple(means.shape[1:])
         self.means = means.double().flatten(1)
         count, size = self.means.shape
-        spread = (
-            variances.double().flatten(1) if variances.ndim > 1 else variances.double()[:, None].expand(count, size)
-        )
+        spread = variances.double().flatten(1) if variances.ndim > 1 else variances.double()[:, None].repeat(1, size)
         self.clusters = torch.tensor(list(range(count) if clusters is None else clusters))
         if spread.shape != self.means.shape or weights.shape != (count,) or self.clusters.shape != (count,):
             raise ValueError("means, variances, weights and clusters must describe the same components")
