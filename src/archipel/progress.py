@@ -144,6 +144,11 @@ class StopFlag:
             signal.signal(number, handler)
         self._before.clear()
 
+    def limit(self, seconds: float) -> None:
+        """Bring the deadline forward to ``seconds`` from now, where that is sooner."""
+        sooner = time.monotonic() + seconds
+        self._deadline = sooner if self._deadline is None else min(self._deadline, sooner)
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -34,7 +34,8 @@ class Objective(Protocol):
     where there is nothing to validate on.
     """
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def batch(self, step: int) -> Any: ...
 

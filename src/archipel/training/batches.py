@@ -1,0 +1,143 @@
+"""A job's own shard, and the batch of a step as a function of (seed, step, item): no state, no order of calls.
+
+Rows come from the endless concatenation of epochs; noise, time and text dropout of a clip from streams of their own
+(``flow.draws``), so a clip at a step meets the same noise in whichever arm and batch it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archipel import store
+from archipel.cache import batch_rows
+from archipel.contracts import Conditioning
+from archipel.errors import ArchipelError, DamagedError, MissingStageError
+from archipel.flow import draws
+from archipel.flow.path import interpolate
+from archipel.flow.time import item_times
+
+VALIDATION = 101  # purpose (see flow.draws) of the fixed noise of validation losses
+_SECOND = 1 << 40  # added to an item's number each further time that one batch holds it
+_SHAPES = {"latents": (np.float32, 5), "tokens": (np.float32, 3), "mask": (np.bool_, 2), "pooled": (np.float32, 2)}
+_NUMBERS = ("cluster", "row")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0, noise (B, C, T, H, W), t (B,) in [0, 1], cond (text already dropped), cluster (B,) int64, x_t like x0."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    cond: Conditioning
+    cluster: Tensor
+    x_t: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+class Clips:
+    """One split of a shard, memory-mapped: ``take(rows)`` reads nothing but those rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._arrays = path, store.map_tensors(path)
+        for name in (*_SHAPES, *_NUMBERS):
+            array = self._arrays.get(name)
+            dtype, axes = _SHAPES.get(name, (np.int64, 1))
+            if array is None or array.dtype != dtype or array.ndim != axes or len(array) != len(self):
+                found = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise DamagedError(f"{path}: {name} is {found}, expected {np.dtype(dtype)} with {axes} axes")
+
+    def __len__(self) -> int:
+        return len(self._arrays["latents"]) if "latents" in self._arrays else 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        C, T, H, W = self._arrays["latents"].shape[1:]
+        return int(C), int(T), int(H), int(W)
+
+    @property
+    def text_shape(self) -> tuple[int, int, int]:
+        """(L, D, P)."""
+        return (*self._arrays["tokens"].shape[1:], self._arrays["pooled"].shape[1])
+
+    def items(self, rows: np.ndarray) -> list[int]:
+        """Manifest rows of shard rows: what noise belongs to, in whichever shard the clip is seen."""
+        return [int(item) for item in self._arrays["row"][rows]]
+
+    def take(self, rows: np.ndarray, device: str = "cpu") -> tuple[Tensor, Conditioning, Tensor]:
+        """Latents (B, C, T, H, W), conditioning and cluster (B,) of the rows, as fresh tensors."""
+        got = {name: torch.from_numpy(np.array(self._arrays[name][rows])) for name in (*_SHAPES, "cluster")}
+        cond = Conditioning(got["tokens"], got["mask"], got["pooled"])
+        return got["latents"].to(device), cond.to(device), got["cluster"].to(device)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``train`` (never empty) and ``validation`` (may be)."""
+
+    train: Clips
+    validation: Clips
+
+
+def open_shard(folder: Path) -> Shard:
+    """Open a committed shard after holding it to its checksums.
+
+    Raises MissingStageError where it is not finished, DamagedError where it is not what its card says, ArchipelError
+    where there is nothing to train on.
+    """
+    if store.read_card(folder, "shard") is None:
+        raise MissingStageError(f"{folder} is not finished: run `archipel partition` first")
+    problems = store.check_card(folder)
+    if problems:
+        raise DamagedError(f"{problems[0].path} {problems[0].reason}: run `archipel partition` again to make it anew")
+    shard = Shard(Clips(folder / "train.safetensors"), Clips(folder / "validation.safetensors"))
+    if not len(shard.train):
+        raise ArchipelError(f"{folder} holds no training clips: make a run with a smaller partition.k or more clips")
+    return shard
+
+
+def numbered(items: Sequence[int]) -> list[int]:
+    """Items with a number of their own for each repeat within one batch, so that repeats get noise of their own."""
+    seen: dict[int, int] = {}
+    numbers = []
+    for item in items:
+        numbers.append(item + _SECOND * seen.get(item, 0))
+        seen[item] = seen.get(item, 0) + 1
+    return numbers
+
+
+def training_batch(
+    clips: Clips, seed: int, step: int, size: int, *, shift: float, text_dropout: float, device: str = "cpu"
+) -> Batch:
+    """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together."""
+    rows = batch_rows(seed, step, size, len(clips))
+    items = numbered(clips.items(rows))
+    x0, cond, cluster = clips.take(rows, device)
+    t = item_times(seed, step, items, shift).to(device)
+    noise = torch.from_numpy(draws.normals(seed, items, clips.latent_shape, step=step)).to(device)
+    if text_dropout:
+        dropped = draws.uniforms(seed, items, step=step, purpose=draws.DROPOUT) < text_dropout
+        cond = cond.drop(torch.from_numpy(dropped).to(device))
+    return Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t))
+
+
+def validation_batches(
+    clips: Clips, seed: int, t: float, *, bin_number: int, limit: int, chunk: int = 64, device: str = "cpu"
+) -> Iterator[Batch]:
+    """At most ``limit`` clips spread over the split, all at time ``t``, with noise fixed by (seed, bin, clip)."""
+    count = min(limit, len(clips))
+    rows = np.unique(np.linspace(0, len(clips) - 1, count).round().astype(np.int64)) if count else np.empty(0, np.int64)
+    for begin in range(0, len(rows), chunk):
+        part = rows[begin : begin + chunk]
+        x0, cond, cluster = clips.take(part, device)
+        drawn = draws.normals(seed, clips.items(part), clips.latent_shape, step=bin_number, purpose=VALIDATION)
+        noise, times = torch.from_numpy(drawn).to(device), torch.full((len(part),), t, device=device)
+        yield Batch(x0, noise, times, cond, cluster, interpolate(x0, noise, times))

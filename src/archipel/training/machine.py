@@ -1,0 +1,46 @@
+"""What decides whether two processes compute the same bits, and what to say where they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Resuming elsewhere continues the same sequence of batches and noise; rounding differs and grows with the steps.
+TOLERANCE = "validation losses then agree to about 1 %, weights do not agree bit for bit"
+
+
+def cpu_name() -> str:
+    """The CPU's model name, which names no machine."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def build(device: str, threads: int) -> dict[str, Any]:
+    """Torch build, numpy (its normal generator), CPU type, device and thread count of this process."""
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "threads": threads,
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """For people: "threads 1, now 2"."""
+    return [f"{key} {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
+
+
+def pick_device(device: str | None) -> str:
+    """``device``, or a GPU where there is one, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
