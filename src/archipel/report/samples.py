@@ -1,0 +1,227 @@
+"""Section 'moving samples' and the traces of the router's weights that were saved with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from archipel.report import media
+from archipel.report.reading import ARM_NOTES, Reader, arm_label, arm_tone, finite, mapping
+from archipel.report.svg import Series, line_chart, stacked_area, trace
+from archipel.run import MONOLITH
+
+ROWS = 12  # prompts of the main comparison: the first ones, whatever they look like
+OTHER_ROWS = 6  # prompts of the other arms
+HERO = 8
+BUDGET = 2_600_000  # bytes of pictures in the main comparison; the other arms have half of it
+TRACES = 8
+
+
+def arms_present(reader: Reader) -> list[str]:
+    """Arms with samples: real, codec, the primary strategy, the monolith, then the others in the order of run.toml."""
+    config, folder = reader.run.config, reader.run.samples(reader.protocol)
+    wanted = dict.fromkeys(["real", "codec", config.sample.strategy, MONOLITH, *config.evaluate.arms])
+    return [arm for arm in wanted if (folder / f"{arm}.safetensors").is_file()]
+
+
+def _cell(clips: np.ndarray, row: int, fps: float, alt: str, longest: int) -> dict[str, Any]:
+    clip = np.asarray(clips[row])
+    return {
+        "clip": media.clip_uri(clip, fps, longest=longest),
+        "still": media.still_uri(clip, longest=longest),
+        "alt": alt,
+    }
+
+
+def _grid(
+    clips: Mapping[str, np.ndarray],
+    arms: Sequence[str],
+    prompts: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    fps: float,
+    rows: int,
+    budget: int,
+) -> list[dict[str, Any]]:
+    """One entry per prompt with one picture per arm, from the first prompt on, until ``rows`` or ``budget`` is used up."""
+    side = max((int(clips[arm].shape[2]) for arm in arms), default=32)
+    longest = min(side, 160)
+    grid: list[dict[str, Any]] = []
+    used = 0
+    for row, prompt in enumerate(prompts[:rows]):
+        caption = str(prompt.get("caption", f"clip {row}"))
+        cells = [
+            _cell(clips[arm], row, fps, f"{names[arm]}: {caption}", longest) if row < len(clips[arm]) else None
+            for arm in arms
+        ]
+        used += sum(len(cell["clip"]) + len(cell["still"]) for cell in cells if cell)
+        if used > budget and grid:
+            break
+        grid.append({"caption": caption, "cluster": prompt.get("cluster"), "cells": cells})
+    return grid
+
+
+def _columns(arms: Sequence[str], names: Mapping[str, str], primary: str) -> list[dict[str, str]]:
+    return [
+        {"arm": arm, "label": names[arm], "note": ARM_NOTES.get(arm, ""), "tone": arm_tone(arm, primary)}
+        for arm in arms
+    ]
+
+
+def samples(reader: Reader) -> dict[str, Any]:
+    """Context of the section: hero strip, main comparison, other arms; every picture a data URI."""
+    run = reader.run
+    primary, folder = run.config.sample.strategy, run.samples(reader.protocol)
+    prompts = reader.json(folder / "prompts.json")
+    prompts = [mapping(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+    clips: dict[str, np.ndarray] = {}
+    for arm in arms_present(reader):
+        tensors = reader.tensors(folder / f"{arm}.safetensors")
+        if tensors is not None and "clips" in tensors and tensors["clips"].ndim == 5 and len(tensors["clips"]):
+            clips[arm] = tensors["clips"]
+    if not clips or not prompts:
+        return {"missing": reader.command("generate", "--arms"), "hero": [], "main": [], "other": []}
+    names = {arm: arm_label(arm, primary) for arm in clips}
+    first = [arm for arm in dict.fromkeys(["real", "codec", primary, MONOLITH]) if arm in clips]
+    rest = [arm for arm in clips if arm not in first]
+    fps = run.config.clips.fps
+    main = _grid(clips, first, prompts, names, fps, ROWS, BUDGET)
+    other = _grid(clips, rest, prompts, names, fps, OTHER_ROWS, BUDGET // 2) if rest else []
+    shown = primary if primary in clips else MONOLITH
+    hero = (
+        [
+            row["cells"][first.index(shown)] | {"caption": row["caption"]}
+            for row in main[:HERO]
+            if row["cells"][first.index(shown)]
+        ]
+        if shown in first
+        else []
+    )
+    wanted = dict.fromkeys([primary, MONOLITH, *run.config.evaluate.arms])
+    absent = [arm for arm in wanted if arm not in clips]
+    return {
+        "missing": reader.command("generate", "--arms") if absent else "",
+        "absent": [arm_label(arm, primary) for arm in absent],
+        "split": reader.protocol,
+        "count": len(next(iter(clips.values()))),
+        "hero": hero,
+        "hero_label": names.get(shown, ""),
+        "columns": _columns(first, names, primary),
+        "main": main,
+        "other_columns": _columns(rest, names, primary),
+        "other": other,
+        "settings": run.config.sample,
+    }
+
+
+def entropy(weights: np.ndarray) -> np.ndarray:
+    """Entropy in nats over the last axis of weights >= 0 that sum to 1 there."""
+    safe = np.clip(weights, 1e-12, 1.0)
+    return np.asarray(-(weights * np.log(safe)).sum(-1))
+
+
+def _weights(reader: Reader, arm: str) -> np.ndarray | None:
+    tensors = reader.tensors(reader.run.samples(reader.protocol) / f"{arm}.safetensors")
+    if tensors is None or "weights" not in tensors:
+        return None
+    weights = np.asarray(tensors["weights"], np.float64)
+    if weights.ndim != 3 or weights.size == 0 or not np.isfinite(weights).all():
+        return None
+    return weights
+
+
+def router_weights(reader: Reader) -> dict[str, Any]:
+    """Context: per routed arm, mean weights and entropy along the sampling steps, and a few clips' own traces."""
+    run = reader.run
+    primary = run.config.sample.strategy
+    prompts = reader.json(run.samples(reader.protocol) / "prompts.json")
+    captions = [str(mapping(prompt).get("caption", "")) for prompt in prompts] if isinstance(prompts, list) else []
+    arms = []
+    curves = []
+    for arm in dict.fromkeys([primary, "full"]):
+        weights = _weights(reader, arm)
+        if weights is None or arm in (MONOLITH, "oracle"):
+            continue
+        n, steps, k = weights.shape
+        x = list(range(1, steps + 1))
+        mean = weights.mean(0)
+        labels = [f"expert {i}" for i in range(k)]
+        spread = entropy(weights).mean(0) / np.log(k) if k > 1 else np.zeros(steps)
+        curves.append(Series(arm_label(arm, primary), x, spread.tolist(), "arch" if arm == primary else "t2"))
+        switched = float((weights.argmax(-1) != weights.argmax(-1)[:, :1]).any(1).mean())
+        arms.append(
+            {
+                "label": arm_label(arm, primary),
+                "area": stacked_area(
+                    x,
+                    mean.T.tolist(),
+                    labels,
+                    f"Mean router weight per expert over {steps} sampling steps, {arm}",
+                    "sampling step (noise → clip)",
+                ),
+                "traces": [
+                    {
+                        "caption": captions[i] if i < len(captions) else f"clip {i}",
+                        "svg": trace(weights[i].tolist(), f"Router weights of one clip, {arm}"),
+                    }
+                    for i in range(min(TRACES, n))
+                ],
+                "switched": switched,
+                "n": n,
+            }
+        )
+    chart = (
+        line_chart(
+            curves,
+            "Entropy of the router's weights over the sampling steps",
+            "sampling step (noise → clip)",
+            "entropy / log K",
+            zero=True,
+        )
+        if curves
+        else ""
+    )
+    return {"missing": "" if arms else reader.command("generate", "--arms"), "arms": arms, "entropy": chart}
+
+
+def rejected(reader: Reader) -> dict[str, Any]:
+    """Reasons and counts of clips/rejected.csv: [(reason, count)], most frequent first."""
+    import csv
+    from collections import Counter
+
+    path = reader.run.clips / "rejected.csv"
+    if not path.is_file():
+        return {"total": None, "reasons": []}
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        found = Counter(
+            str(row.get("reason") or "no reason given").split("(")[0].split(":")[0].strip()[:80]
+            for row in csv.DictReader(file)
+        )
+    return {"total": sum(found.values()), "reasons": found.most_common(12)}
+
+
+def source(reader: Reader) -> dict[str, Any]:
+    """Context: where the clips came from, their licence, counts, what was refused."""
+    card = reader.card(reader.run.clips)
+    settings = reader.run.config.clips
+    facts: list[tuple[str, str]] = [("source", settings.source)]
+    provenance = mapping((card or {}).get("provenance"))
+    licence = str(
+        provenance.get("license") or (card or {}).get("license") or settings.license or "not stated by the source"
+    )
+    for key, value in {**provenance, **mapping((card or {}).get("counts"))}.items():
+        if key not in ("license", "source") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            facts.append((str(key).replace("_", " "), str(value)))
+    facts.append(
+        (
+            "window",
+            f"{settings.frames} frames at {finite(settings.fps):g} per second, {settings.size} × {settings.size} pixels, {settings.crop}",
+        )
+    )
+    return {
+        "missing": "" if card else reader.command("prepare"),
+        "facts": facts,
+        "license": licence,
+        "rejected": rejected(reader),
+    }

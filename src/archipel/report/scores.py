@@ -1,0 +1,159 @@
+"""Sections 'verdict', 'scores', 'probe' and 'copying': what was measured, with its interval, and what may be said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from archipel.report.reading import Reader, arm_label, arm_tone, finite, mapping
+from archipel.report.svg import interval_chart, number
+from archipel.run import MONOLITH
+
+COPYING, CLUSTERS = "Copying and coverage", "Share of clips per cluster"  # shown in sections of their own
+ORDER = ("codec", "real")  # the codec's own distance first, then the floor
+
+
+def _rows(reader: Reader) -> list[Mapping[str, Any]]:
+    found = reader.json(reader.run.scores(reader.protocol))
+    return (
+        [mapping(row) for row in found if finite(mapping(row).get("value")) is not None]
+        if isinstance(found, list)
+        else []
+    )
+
+
+def extra(reader: Reader) -> Mapping[str, Any]:
+    path = reader.run.scores(reader.protocol)
+    return mapping(reader.json(path.with_name(path.stem + ".extra.json")))
+
+
+def _arms(rows: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
+    found = list(dict.fromkeys(str(row.get("arm")) for row in rows))
+    first = [*ORDER, primary, MONOLITH]
+    return [arm for arm in first if arm in found] + [arm for arm in found if arm not in first]
+
+
+def family(metric: str) -> str:
+    """Heading of the table that a metric belongs to."""
+    name = metric.lower()
+    if name.startswith("cluster-share"):
+        return CLUSTERS
+    if name.startswith(("nearest-", "share-nearer")) or name in ("precision", "recall", "density", "coverage"):
+        return COPYING
+    if name.startswith("kid-"):
+        return "Kernel distances (unbiased)"
+    if name.startswith("excess-"):
+        return "Excess Fréchet distances (over real clips at the same N)"
+    if name.startswith("fd-"):
+        return "Raw Fréchet distances (biased in N; read beside their floor)"
+    return "Captions and motion"
+
+
+def direction(metric: str) -> str:
+    """'lower', 'higher' or '' (descriptive) is better."""
+    heading = family(metric)
+    if "istance" in heading:
+        return "lower"
+    if metric.startswith("retrieval@") or metric in ("text-video-probe", "precision", "recall", "density", "coverage"):
+        return "higher"
+    return ""
+
+
+def _cell(row: Mapping[str, Any] | None) -> dict[str, str] | None:
+    if row is None:
+        return None
+    low, high = finite(row.get("low")), finite(row.get("high"))
+    return {
+        "value": number(float(row["value"])),
+        "interval": f"{number(low)} to {number(high)}" if low is not None and high is not None else "",
+    }
+
+
+def _table(
+    heading: str, metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], arms: Sequence[str], reader: Reader
+) -> dict[str, Any]:
+    primary, chosen = reader.run.config.sample.strategy, reader.run.config.evaluate.primary
+    by = {(str(row.get("arm")), str(row.get("metric"))): row for row in rows}
+    lines = []
+    for arm in arms:
+        cells = [_cell(by.get((arm, metric))) for metric in metrics]
+        if any(cells):
+            lines.append({"label": arm_label(arm, primary), "tone": arm_tone(arm, primary), "cells": cells})
+    columns = [{"name": metric, "better": direction(metric), "primary": metric == chosen} for metric in metrics]
+    return {"heading": heading, "columns": columns, "rows": lines}
+
+
+def _protocol(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """One line per metric: what its score was computed with."""
+    lines: dict[str, str] = {}
+    for row in rows:
+        parts = [
+            f"{key} {value}"
+            for key, value in mapping(row.get("protocol")).items()
+            if isinstance(value, (str, int, float))
+        ]
+        counted = [f"{key} {number(value)}" for key in ("n", "groups") if (value := finite(row.get(key))) is not None]
+        lines.setdefault(str(row.get("metric")), ", ".join([*counted, *parts]))
+    return list(lines.items())
+
+
+def scores(reader: Reader, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Context of the main table. ``facts`` is the content of scores/<split>.extra.json."""
+    rows = _rows(reader)
+    config = reader.run.config
+    if not rows:
+        return {"missing": reader.command("evaluate"), "tables": [], "primary_metric": config.evaluate.primary}
+    primary = config.sample.strategy
+    arms = _arms(rows, primary)
+    metrics = list(dict.fromkeys(str(row.get("metric")) for row in rows))
+    metrics.sort(key=lambda metric: metric != config.evaluate.primary)
+    families: dict[str, list[str]] = {}
+    for metric in metrics:
+        families.setdefault(family(metric), []).append(metric)
+    main = [
+        row for arm in arms for row in rows if row.get("arm") == arm and row.get("metric") == config.evaluate.primary
+    ]
+    chart = interval_chart(
+        [
+            (
+                arm_label(str(row["arm"]), primary),
+                float(row["value"]),
+                finite(row.get("low")),
+                finite(row.get("high")),
+                arm_tone(str(row["arm"]), primary),
+            )
+            for row in main
+        ],
+        f"{config.evaluate.primary} of every arm with its interval",
+        f"{config.evaluate.primary} (lower is better)"
+        if direction(config.evaluate.primary) == "lower"
+        else config.evaluate.primary,
+    )
+    return {
+        "missing": "",
+        "split": reader.protocol,
+        "primary_metric": config.evaluate.primary,
+        "chart": chart,
+        "tables": [
+            _table(heading, names, rows, arms, reader)
+            for heading, names in families.items()
+            if heading not in (COPYING, CLUSTERS)
+        ],
+        "notes": notes(facts),
+        "protocols": _protocol(rows),
+        "absent": [arm_label(arm, primary) for arm in config.evaluate.arms if arm not in arms],
+    }
+
+
+def notes(facts: Mapping[str, Any]) -> list[str]:
+    found = facts.get("notes")
+    entries = (
+        found
+        if isinstance(found, list)
+        else list(mapping(found).values())
+        if isinstance(found, Mapping)
+        else [found]
+        if found
+        else []
+    )
+    return [str(entry) for entry in entries if isinstance(entry, (str, int, float))]

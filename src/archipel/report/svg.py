@@ -1,0 +1,343 @@
+"""Charts as inline SVG: drawn by hand, themed by the page's CSS classes, a few kilobytes each, no library.
+
+Colours are never written here: a mark carries a class (``t0`` ... ``t7``, ``mono``, ``real`` and so on) and the style
+sheet gives it a colour for light and for dark. Every label is escaped, since captions and file names are not ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+TONES = 8
+
+
+def tone(index: int) -> str:
+    """CSS class of the index-th expert's colour."""
+    return f"t{index % TONES}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: finite ``x`` and ``y`` of one length; ``tone`` is a CSS class; ``dots`` marks every point."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    tone: str = "t0"
+    dash: bool = False
+    dots: bool = False
+
+    def points(self, log_x: bool, log_y: bool) -> list[tuple[float, float]]:
+        """The points that can be drawn on these axes."""
+        pairs = [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=False)]
+        return [
+            (x, y)
+            for x, y in pairs
+            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)
+        ]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for people: 0 -> '0', 0.1234 -> '0.123', 1234.5 -> '1,234', 2e-5 -> '2e-5', 3.2e12 -> '3.2e12'."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1e6 or size < 1e-3:
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(power)}".replace("-", "−")
+    if size >= 1000:
+        return f"{value:,.0f}".replace("-", "−")
+    text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "−")
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+class Axis:
+    """A linear or logarithmic map of [low, high] to pixels [begin, end]."""
+
+    def __init__(
+        self, values: Sequence[float], begin: float, end: float, *, log: bool = False, zero: bool = False
+    ) -> None:
+        low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        if zero and not log:
+            low, high = min(low, 0.0), max(high, 0.0)
+        if high <= low:
+            pad = abs(low) * 0.5 or 0.5
+            low, high = (low / 2, high * 2) if log else (low if zero and low == 0 else low - pad, high + pad)
+        self.low, self.high, self.begin, self.end, self.log = low, high, begin, end, log
+
+    def pad(self, share: float) -> Axis:
+        """Widen both ends by a share of the span (linear axes only)."""
+        if not self.log:
+            span = self.high - self.low
+            self.low, self.high = self.low - span * share, self.high + span * share
+        return self
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return round(self.begin + share * (self.end - self.begin), 1)
+
+    def ticks(self, count: int = 5) -> list[float]:
+        if not self.log:
+            return nice_ticks(self.low, self.high, count)
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        marks = (1,) if last - first > 3 else (1, 2, 5)
+        every = [m * 10.0**p for p in range(first, last + 1) for m in marks]
+        inside = [t for t in every if self.low * 0.999 <= t <= self.high * 1.001]
+        return inside[:: max(1, math.ceil(len(inside) / (count + 2)))] or [self.low]
+
+
+def _text(x: float, y: float, value: object, css: str = "", anchor: str = "start", extra: str = "") -> str:
+    from markupsafe import escape
+
+    return f'<text x="{x:g}" y="{y:g}" class="{css}" text-anchor="{anchor}"{extra}>{escape(str(value))}</text>'
+
+
+def _wrap(body: Sequence[str], label: str, width: float, height: float, css: str = "") -> Markup:
+    from markupsafe import Markup, escape
+
+    return Markup(
+        f'<svg class="chart {css}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
+    )
+
+
+def legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
+    """HTML legend of (label, CSS class, dashed)."""
+    from markupsafe import Markup, escape
+
+    items = "".join(
+        f'<li><i class="key {css}{" dashed" if dash else ""}" aria-hidden="true"></i>{escape(label)}</li>'
+        for label, css, dash in entries
+    )
+    return Markup(f'<ul class="legend">{items}</ul>')
+
+
+def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float, height: float) -> list[str]:
+    body = []
+    for tick in y_axis.ticks():
+        y = y_axis(tick)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
+        body.append(_text(LEFT - 7, y + 4, number(tick), "tick", "end"))
+    for tick in x_axis.ticks():
+        x = x_axis(tick)
+        body.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{height - BOTTOM}" y2="{height - BOTTOM + 4}"/>')
+        body.append(_text(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+    body.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
+    body.append(_text((LEFT + width - RIGHT) / 2, height - 6, x_label, "label", "middle"))
+    middle = (TOP + height - BOTTOM) / 2
+    body.append(_text(13, middle, y_label, "label", "middle", f' transform="rotate(-90 13 {middle:g})"'))
+    return body
+
+
+def line_chart(
+    series: Sequence[Series],
+    label: str,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    zero: bool = False,
+) -> Markup:
+    """Lines over common axes with a legend; '' where no series has a point. ``label`` says it to a screen reader."""
+    from markupsafe import Markup
+
+    drawn = [(one, one.points(log_x, log_y)) for one in series]
+    drawn = [(one, points) for one, points in drawn if points]
+    if not drawn:
+        return Markup("")
+    x_axis = Axis([x for _, points in drawn for x, _ in points], LEFT, WIDTH - RIGHT, log=log_x)
+    y_axis = Axis([y for _, points in drawn for _, y in points], HEIGHT - BOTTOM, TOP, log=log_y, zero=zero).pad(
+        0.0 if zero else 0.05
+    )
+    body = _frame(x_axis, y_axis, x_label, y_label, WIDTH, HEIGHT)
+    for one, points in drawn:
+        path = " ".join(f"{x_axis(x):g},{y_axis(y):g}" for x, y in points)
+        css = f"line {one.tone}{' dashed' if one.dash else ''}"
+        if len(points) > 1:
+            body.append(f'<polyline class="{css}" points="{path}"/>')
+        if one.dots or len(points) == 1:
+            body += [
+                f'<circle class="dot {one.tone}" cx="{x_axis(x):g}" cy="{y_axis(y):g}" r="2.6"/>' for x, y in points
+            ]
+    return _wrap(body, label, WIDTH, HEIGHT) + legend([(one.label, one.tone, one.dash) for one, _ in drawn])
+
+
+def stacked_area(
+    x: Sequence[float], shares: Sequence[Sequence[float]], labels: Sequence[str], label: str, x_label: str
+) -> Markup:
+    """Shares (K rows of S values that sum to about 1 per column) as stacked bands over ``x``."""
+    if len(x) < 2:
+        return bar_chart(
+            [
+                (name, [row[0] if row else 0.0], tone(k))
+                for k, (name, row) in enumerate(zip(labels, shares, strict=False))
+            ],
+            ["share"],
+            label,
+        )
+    x_axis = Axis([float(v) for v in x], LEFT, WIDTH - RIGHT)
+    y_axis = Axis([0.0, 1.0], HEIGHT - BOTTOM, TOP)
+    body = []
+    below = [0.0] * len(x)
+    for k, row in enumerate(shares):
+        above = [b + float(v) for b, v in zip(below, row, strict=True)]
+        forth = [f"{x_axis(a):g},{y_axis(min(b, 1.0)):g}" for a, b in zip(x, above, strict=True)]
+        back = [f"{x_axis(a):g},{y_axis(min(b, 1.0)):g}" for a, b in zip(reversed(x), reversed(below), strict=True)]
+        body.append(f'<polygon class="area {tone(k)}" points="{" ".join(forth + back)}"/>')
+        below = above
+    body += _frame(x_axis, y_axis, x_label, "mean weight", WIDTH, HEIGHT)
+    return _wrap(body, label, WIDTH, HEIGHT) + legend([(name, tone(k), False) for k, name in enumerate(labels)])
+
+
+def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
+    """One clip's weights, S steps of K values: a thin strip of stacked cells, noise on the left."""
+    width, height = 220.0, 22.0
+    cell = width / max(len(weights), 1)
+    body = []
+    for s, row in enumerate(weights):
+        y = 0.0
+        for k, value in enumerate(row):
+            share = max(0.0, min(float(value), 1.0)) * height
+            if share >= 0.2:
+                body.append(
+                    f'<rect class="cell {tone(k)}" x="{s * cell:.2f}" y="{y:.1f}" width="{cell + 0.3:.2f}" height="{share:.1f}"/>'
+                )
+            y += share
+    return _wrap(body, label, width, height, "strip")
+
+
+def bar_chart(
+    rows: Sequence[tuple[str, Sequence[float], str]], groups: Sequence[str], label: str, *, percent: bool = True
+) -> Markup:
+    """Horizontal bars: each row is (name, one value per group, CSS class); later groups are drawn paler."""
+    from markupsafe import Markup
+
+    values = [float(v) for _, row, _ in rows for v in row if math.isfinite(float(v))]
+    if not values:
+        return Markup("")
+    name_width, bar, gap = 96, 13, 12
+    height = len(rows) * (len(groups) * bar + gap) + gap
+    x_axis = Axis([0.0, max(max(values), 1e-9)], name_width, WIDTH - 60, zero=True)
+    body, y = [], float(gap)
+    for name, row, css in rows:
+        body.append(_text(name_width - 8, y + len(groups) * bar / 2 + 4, name[:16], "label", "end"))
+        for g, value in enumerate(row):
+            value = float(value) if math.isfinite(float(value)) else 0.0
+            long, css_bar = max(x_axis(value) - name_width, 0.5), f"bar {css} g{g}"
+            body.append(
+                f'<rect class="{css_bar}" x="{name_width}" y="{y:g}" width="{long:g}" height="{bar - 2}" rx="2"/>'
+            )
+            text = f"{value:.0%}" if percent else number(value)
+            body.append(_text(x_axis(value) + 5, y + bar - 3, text, "tick"))
+            y += bar
+        y += gap
+    notes = legend([(name, f"plain g{g}", False) for g, name in enumerate(groups)]) if len(groups) > 1 else Markup("")
+    return _wrap(body, label, WIDTH, height) + notes
+
+
+def interval_chart(
+    rows: Sequence[tuple[str, float, float | None, float | None, str]], label: str, x_label: str
+) -> Markup:
+    """A dot with its interval per row (name, value, low, high, CSS class) over one axis."""
+    from markupsafe import Markup
+
+    rows = [row for row in rows if math.isfinite(row[1])]
+    if not rows:
+        return Markup("")
+    width, name_width, step = 640, 150, 26
+    height = TOP + step * len(rows) + BOTTOM
+    spread = [v for _, value, low, high, _ in rows for v in (value, low, high) if v is not None and math.isfinite(v)]
+    x_axis = Axis(spread, name_width, width - 22, zero=min(spread) >= 0).pad(0.03)
+    body = []
+    for tick in x_axis.ticks(6):
+        x = x_axis(tick)
+        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        body.append(_text(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+    for i, (name, value, low, high, css) in enumerate(rows):
+        y = TOP + step * (i + 0.5)
+        body.append(_text(name_width - 12, y + 4, name, "label", "end"))
+        if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+            body.append(f'<line class="span {css}" x1="{x_axis(low)}" x2="{x_axis(high)}" y1="{y:g}" y2="{y:g}"/>')
+        body.append(f'<circle class="dot {css}" cx="{x_axis(value)}" cy="{y:g}" r="5"/>')
+    body.append(_text((name_width + width) / 2, height - 6, x_label, "label", "middle"))
+    return _wrap(body, label, width, height, "wide")
+
+
+def heat_map(
+    matrix: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    x_label: str,
+    y_label: str,
+) -> Markup:
+    """Shares in [0, 1] as a grid whose opacity is the value; the number stands in every cell up to 12 x 12."""
+    from markupsafe import Markup
+
+    if not matrix or not matrix[0]:
+        return Markup("")
+    cell = 56 if len(columns) <= 6 else 36 if len(columns) <= 12 else 18
+    left, top = 84, 18
+    width, height = left + cell * len(columns) + 8, top + cell * len(rows) + 46
+    body = []
+    for i, row in enumerate(matrix):
+        body.append(_text(left - 8, top + cell * (i + 0.5) + 4, rows[i], "tick", "end"))
+        for j, value in enumerate(row):
+            value = float(value) if math.isfinite(float(value)) else 0.0
+            x, y = left + cell * j, top + cell * i
+            side, shade = cell - 2, 0.06 + 0.94 * min(max(value, 0), 1)
+            body.append(
+                f'<rect class="heat" x="{x}" y="{y}" width="{side}" height="{side}" rx="4" fill-opacity="{shade:.2f}"/>'
+            )
+            if len(columns) <= 12:
+                body.append(
+                    _text(
+                        x + cell / 2 - 1,
+                        y + cell / 2 + 3,
+                        f"{value:.2f}",
+                        "tick on" if value > 0.55 else "tick",
+                        "middle",
+                    )
+                )
+    for j, name in enumerate(columns):
+        body.append(_text(left + cell * (j + 0.5), height - 28, name, "tick", "middle"))
+    body.append(_text(left + cell * len(columns) / 2, height - 8, x_label, "label", "middle"))
+    body.append(
+        _text(
+            13,
+            top + cell * len(rows) / 2,
+            y_label,
+            "label",
+            "middle",
+            f' transform="rotate(-90 13 {top + cell * len(rows) / 2:g})"',
+        )
+    )
+    return _wrap(body, label, width, height, "square")
