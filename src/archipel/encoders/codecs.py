@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,9 +76,13 @@ def from_blocks(blocks: Tensor, patch: Patch) -> Tensor:
 class _Blocks(ABC):
     """What both codecs share: the grid, and saving with a card."""
 
-    name: ClassVar[str]
+    name: str
     patch: Patch
-    channels: int
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """C."""
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a clip of that size."""
@@ -107,7 +111,7 @@ class PatchPCA(_Blocks):
     Exact on the kept subspace whatever gamma is; ``explained`` is the share of the variance that is kept.
     """
 
-    name: ClassVar[str] = "patch-pca"
+    name: str = field(default="patch-pca", init=False)
     patch: Patch
     gamma: float
     mean: Tensor
@@ -117,7 +121,7 @@ class PatchPCA(_Blocks):
     explained: float
 
     @property
-    def channels(self) -> int:  # type: ignore[override]
+    def channels(self) -> int:
         return int(self.basis.shape[0])
 
     def _divisor(self) -> Tensor:
@@ -218,13 +222,13 @@ def _moments(
 class Pixels(_Blocks):
     """No compression: every number of a block is a channel, shifted and divided by one number each."""
 
-    name: ClassVar[str] = "pixels"
+    name: str = field(default="pixels", init=False)
     patch: Patch
     mean: float
     scale: float
 
     @property
-    def channels(self) -> int:  # type: ignore[override]
+    def channels(self) -> int:
         pt, ph, pw = self.patch
         return 3 * pt * ph * pw
 

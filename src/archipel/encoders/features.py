@@ -118,23 +118,29 @@ def unchanged_globals() -> Iterator[None]:
     switches torch to deterministic algorithms in its constructor.
     """
     environment, numpy_state, python_state = dict(os.environ), np.random.get_state(), random.getstate()
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = _determinism()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     threads, default_dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            yield
-    finally:
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(default_dtype)
-        torch.set_grad_enabled(grad)
+    with warnings.catch_warnings():
+        try:
+            with torch.random.fork_rng():
+                yield
+        finally:
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            if _determinism() != deterministic:  # asked first: the setter imports a compiler
+                torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(default_dtype)
+            torch.set_grad_enabled(grad)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @functools.cache
