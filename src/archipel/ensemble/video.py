@@ -96,7 +96,7 @@ def _durations(frames: int, fps: float, kind: str) -> list[int]:
 
 
 def _webp(path: Path, clip: np.ndarray, fps: float, lossless: bool = True) -> None:
-    # minimize_size off and allow_mixed off: every frame is kept, also one that equals the frame before it.
+    # A frame that equals the one before it is stored by libwebp as a longer frame: it looks the same when played.
     _pillow(path, clip, fps, "WEBP", lossless=lossless, quality=80, method=4, minimize_size=False, allow_mixed=False)
 
 
