@@ -117,8 +117,10 @@ def build_flux(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path)
         raise DamagedError(
             f"{folder / CONFIG}: _class_name is {config.get('_class_name')!r}, not FluxTransformer2DModel"
         )
-    if any(int(config.get(key, 0)) > _MAX_LAYERS for key in ("num_layers", "num_single_layers")):
-        raise DamagedError(f"{folder / CONFIG}: more than {_MAX_LAYERS} layers")
+    for key in ("num_layers", "num_single_layers"):
+        count = config.get(key, 0)
+        if not isinstance(count, int) or not 0 <= count <= _MAX_LAYERS:
+            raise DamagedError(f"{folder / CONFIG}: {key} is {count!r}, expected 0 to {_MAX_LAYERS}")
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         with torch.device("meta"):

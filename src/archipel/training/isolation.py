@@ -50,9 +50,9 @@ class Touched:
         self.connected.add(f"{address[0]}:{address[1]}" if inet else "a local socket")
 
     def as_dict(self) -> dict[str, Any]:
-        """For a card: sorted names, and what the evidence covers."""
+        """For a card: sorted names, and what the evidence covers. What the job wrote itself is not listed as read."""
         return {
-            "read": sorted(self.read),
+            "read": sorted(self.read - self.wrote),
             "wrote": sorted(self.wrote),
             "connected": sorted(self.connected),
             "evidence": EVIDENCE,

@@ -67,8 +67,8 @@ def train_job(
         return False
     try:
         with (
-            store.lock(run.root / ".locks" / f"train-{name}.lock", f"{_label(name)} of {run.root}"),
             isolation.watch(run.root) as touched,
+            store.lock(run.root / ".locks" / f"train-{name}.lock", f"{_label(name)} of {run.root}"),
             _stopping(stop, seconds) as flag,
         ):
             if _finished(run, folder):  # by the process that held the lock
