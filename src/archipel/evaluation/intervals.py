@@ -2,11 +2,13 @@
 
 The plain percentile bootstrap of a Frechet distance excludes its own point estimate (resampling adds the bias a second
 time), so it is not used. A jackknife interval is centred on its estimate by construction, treats a content group as
-the unit of chance, and its coverage on Gaussians of known distance is tested (tests/evaluation/test_coverage.py).
+the unit of chance, and its coverage on Gaussians of known distance is tested (tests/evaluation/test_interval_coverage.py).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -37,6 +39,7 @@ def short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
+@functools.cache
 def student(df: int, level: float = LEVEL) -> float:
     """Two-sided quantile of Student's t with ``df`` >= 1 degrees of freedom, by bisection of its closed-form tail.
 
@@ -55,8 +58,6 @@ def student(df: int, level: float = LEVEL) -> float:
 def _student_inside(t: float, df: int) -> float:
     """P(|T| < t) for integer df."""
     if df > 400:  # the normal limit is closer than 0.3 % from here on
-        import math
-
         return math.erf(t / 2**0.5)
     theta = np.arctan(t / np.sqrt(df))
     cos, sin = np.cos(theta), np.sin(theta)
