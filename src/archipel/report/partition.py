@@ -70,12 +70,10 @@ def partition(reader: Reader, shares: dict[str, list[float]]) -> dict[str, Any]:
     counts = {str(split): floats(clips.get(split)) for split in SPLITS if floats(clips.get(split))}
     captions = reader.json(run.partition / "captions.json")
     k = run.config.partition.k
-    drawn = dict(list(shares.items())[:4])  # the data, these captions' real clips, the primary strategy, the monolith
-    rows = [
-        (f"cluster {which}", [row[which] if which < len(row) else 0.0 for row in drawn.values()], tone(which))
-        for which in range(k)
-    ]
     names = [f"cluster {which}" for which in range(k)]
+    tones = ("real", "codec", "arch", "mono")  # training clips, these captions' real clips, primary strategy, monolith
+    drawn = [(label, css, row) for (label, row), css in zip(shares.items(), tones, strict=False)]
+    chart = bar_chart(names, drawn, "Share of clips per cluster, the data beside generated clips")
     return {
         "missing": "",
         "method": quality.get("method", run.config.partition.method),
@@ -84,9 +82,7 @@ def partition(reader: Reader, shares: dict[str, list[float]]) -> dict[str, Any]:
         "facts": _facts(quality),
         "cards": _cards(reader, captions, counts),
         "hidden": max(0, k - SHEETS),
-        "shares": bar_chart(rows, list(drawn), "Share of clips per cluster, the data beside generated clips")
-        if drawn
-        else "",
+        "shares": chart,
         "share_table": {
             "caption": "",
             "columns": ["clips", *names],

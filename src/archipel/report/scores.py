@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from archipel.report.reading import Reader, arm_label, arm_tone, finite, mapping
@@ -10,6 +10,8 @@ from archipel.report.svg import interval_chart, number
 from archipel.run import MONOLITH
 
 COPYING, CLUSTERS = "Copying and coverage", "Share of clips per cluster"  # shown in sections of their own
+TOO_FEW = "too few clips"
+RAW = "Raw Fréchet distances (biased in N: read them beside their floor, the row of real clips)"
 ORDER = ("codec", "real")  # the codec's own distance first, then the floor
 
 
@@ -28,9 +30,14 @@ def extra(reader: Reader) -> Mapping[str, Any]:
 
 
 def _arms(rows: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
-    found = list(dict.fromkeys(str(row.get("arm")) for row in rows))
-    first = [*ORDER, primary, MONOLITH]
-    return [arm for arm in first if arm in found] + [arm for arm in found if arm not in first]
+    return in_order(dict.fromkeys(str(row.get("arm")) for row in rows), primary)
+
+
+def in_order(arms: Iterable[str], primary: str) -> list[str]:
+    """Codec and real clips, the primary strategy, the monolith, then the others as they come."""
+    found = list(arms)
+    first = [arm for arm in dict.fromkeys([*ORDER, primary, MONOLITH]) if arm in found]
+    return first + [arm for arm in found if arm not in first]
 
 
 def family(metric: str) -> str:
@@ -45,7 +52,7 @@ def family(metric: str) -> str:
     if name.startswith("excess-"):
         return "Excess Fréchet distances (over real clips at the same N)"
     if name.startswith("fd-"):
-        return "Raw Fréchet distances (biased in N; read beside their floor)"
+        return RAW
     return "Captions and motion"
 
 
@@ -65,7 +72,7 @@ def _cell(row: Mapping[str, Any] | None) -> dict[str, str] | None:
     low, high = finite(row.get("low")), finite(row.get("high"))
     return {
         "value": number(float(row["value"])),
-        "interval": f"{number(low)} to {number(high)}" if low is not None and high is not None else "",
+        "interval": f"{number(low, 2)} to {number(high, 2)}" if low is not None and high is not None else "",
     }
 
 
@@ -80,7 +87,7 @@ def _table(
         if any(cells):
             lines.append({"label": arm_label(arm, primary), "tone": arm_tone(arm, primary), "cells": cells})
     columns = [{"name": metric, "better": direction(metric), "primary": metric == chosen} for metric in metrics]
-    return {"heading": heading, "columns": columns, "rows": lines}
+    return {"heading": heading, "columns": columns, "rows": lines, "folded": heading == RAW}
 
 
 def _protocol(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -136,10 +143,10 @@ def scores(reader: Reader, facts: Mapping[str, Any]) -> dict[str, Any]:
         "chart": chart,
         "tables": [
             _table(heading, names, rows, arms, reader)
-            for heading, names in families.items()
+            for heading, names in sorted(families.items(), key=lambda one: one[0] == RAW)
             if heading not in (COPYING, CLUSTERS)
         ],
-        "notes": notes(facts),
+        "notes": [{"text": note, "warn": TOO_FEW in note.lower()} for note in notes(facts)],
         "protocols": _protocol(rows),
         "absent": [arm_label(arm, primary) for arm in config.evaluate.arms if arm not in arms],
     }
@@ -157,3 +164,16 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         else []
     )
     return [str(entry) for entry in entries if isinstance(entry, (str, int, float))]
+
+
+def interval_text(value: Any) -> str:
+    """'−0.02 (−0.03 to −0.01)' of {"value", "low", "high"}; '–' where there is no value."""
+    found = mapping(value)
+    centre, low, high = (finite(found.get(key)) for key in ("value", "low", "high"))
+    if centre is None:
+        return "–"
+    return (
+        f"{number(centre)} ({number(low)} to {number(high)})"
+        if low is not None and high is not None
+        else number(centre)
+    )

@@ -159,7 +159,7 @@ def _toml(run: Run) -> str:
 
 def _versions(reader: Reader) -> list[tuple[str, str]]:
     """Run id and what built the first trained network that says so."""
-    pairs = [("run id", reader.run.id), ("Archipel", __version__)]
+    pairs = [("run id", reader.run.id[:16]), ("Archipel", __version__)]
     for name in reader.run.job_names:
         card: Mapping[str, Any] = reader.card(reader.run.expert(name)) or {}
         build = card.get("build")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 14, 44
 TONES = 8
 
 
@@ -45,20 +45,28 @@ class Series:
         ]
 
 
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
 def number(value: float, digits: int = 3) -> str:
-    """A number for people: 0 -> '0', 0.1234 -> '0.123', 1234.5 -> '1,234', 2e-5 -> '2e-5', 3.2e12 -> '3.2e12'."""
+    """A number for people: 0.1234 -> '0.123', 1234.5 -> '1,234', 1.5e6 -> '1.5 M', 2e-5 -> '2 × 10⁻⁵', NaN -> '–'."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
     if size == 0:
         return "0"
-    if size >= 1e6 or size < 1e-3:
+    if size >= 1e9 or size < 1e-4:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}e{int(power)}".replace("-", "−")
+        return f"{_short(mantissa)} × 10{str(int(power)).translate(_RAISED)}"
+    if size >= 1e6:
+        return f"{_short(f'{value / 1e6:.{digits - 1}f}')} M"
     if size >= 1000:
         return f"{value:,.0f}".replace("-", "−")
-    text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+    return _short(f"{value:.{min(5, max(0, digits - 1 - math.floor(math.log10(size))))}f}")
+
+
+def _short(text: str) -> str:
+    """Without zeros at the end, and with a minus sign instead of a hyphen."""
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", "−")
 
@@ -96,6 +104,13 @@ class Axis:
             self.low, self.high = self.low - span * share, self.high + span * share
         return self
 
+    def raised(self) -> Axis:
+        """Raise the upper end to a round number."""
+        ticks = nice_ticks(self.low, self.high)
+        if len(ticks) > 1 and ticks[-1] < self.high - 1e-9:
+            self.high = ticks[-1] + ticks[1] - ticks[0]
+        return self
+
     def __call__(self, value: float) -> float:
         if self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -122,8 +137,10 @@ def _text(x: float, y: float, value: object, css: str = "", anchor: str = "start
 def _wrap(body: Sequence[str], label: str, width: float, height: float, css: str = "") -> Markup:
     from markupsafe import Markup, escape
 
+    # A square chart keeps its own size; the others grow with their column.
+    own = f' width="{width:g}"' if css == "square" else ""
     return Markup(
-        f'<svg class="chart {css}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="chart {css}"{own} viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
     )
 
@@ -174,9 +191,8 @@ def line_chart(
     if not drawn:
         return Markup("")
     x_axis = Axis([x for _, points in drawn for x, _ in points], LEFT, WIDTH - RIGHT, log=log_x)
-    y_axis = Axis([y for _, points in drawn for _, y in points], HEIGHT - BOTTOM, TOP, log=log_y, zero=zero).pad(
-        0.0 if zero else 0.05
-    )
+    y_axis = Axis([y for _, points in drawn for _, y in points], HEIGHT - BOTTOM, TOP, log=log_y, zero=zero)
+    y_axis = y_axis.raised() if zero else y_axis.pad(0.05)
     body = _frame(x_axis, y_axis, x_label, y_label, WIDTH, HEIGHT)
     for one, points in drawn:
         path = " ".join(f"{x_axis(x):g},{y_axis(y):g}" for x, y in points)
@@ -195,14 +211,7 @@ def stacked_area(
 ) -> Markup:
     """Shares (K rows of S values that sum to about 1 per column) as stacked bands over ``x``."""
     if len(x) < 2:
-        return bar_chart(
-            [
-                (name, [row[0] if row else 0.0], tone(k))
-                for k, (name, row) in enumerate(zip(labels, shares, strict=False))
-            ],
-            ["share"],
-            label,
-        )
+        return bar_chart(labels, [("share", "arch", [row[0] if row else 0.0 for row in shares])], label)
     x_axis = Axis([float(v) for v in x], LEFT, WIDTH - RIGHT)
     y_axis = Axis([0.0, 1.0], HEIGHT - BOTTOM, TOP)
     body = []
@@ -234,33 +243,27 @@ def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
     return _wrap(body, label, width, height, "strip")
 
 
-def bar_chart(
-    rows: Sequence[tuple[str, Sequence[float], str]], groups: Sequence[str], label: str, *, percent: bool = True
-) -> Markup:
-    """Horizontal bars: each row is (name, one value per group, CSS class); later groups are drawn paler."""
+def bar_chart(names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[float]]], label: str) -> Markup:
+    """Horizontal bars of shares: for every name one bar per group, which is (legend, CSS class, one value per name)."""
     from markupsafe import Markup
 
-    values = [float(v) for _, row, _ in rows for v in row if math.isfinite(float(v))]
-    if not values:
+    if not names or not groups:
         return Markup("")
-    name_width, bar, gap = 96, 13, 12
-    height = len(rows) * (len(groups) * bar + gap) + gap
-    x_axis = Axis([0.0, max(max(values), 1e-9)], name_width, WIDTH - 60, zero=True)
+    left, bar, gap = 96, 14, 14
+    height = len(names) * (len(groups) * bar + gap) + gap
+    values = [[v if math.isfinite(v) else 0.0 for v in map(float, row)] for _, _, row in groups]
+    x_axis = Axis([0.0, max([1e-9, *(v for row in values for v in row)])], left, WIDTH - 60, zero=True)
     body, y = [], float(gap)
-    for name, row, css in rows:
-        body.append(_text(name_width - 8, y + len(groups) * bar / 2 + 4, name[:16], "label", "end"))
-        for g, value in enumerate(row):
-            value = float(value) if math.isfinite(float(value)) else 0.0
-            long, css_bar = max(x_axis(value) - name_width, 0.5), f"bar {css} g{g}"
-            body.append(
-                f'<rect class="{css_bar}" x="{name_width}" y="{y:g}" width="{long:g}" height="{bar - 2}" rx="2"/>'
-            )
-            text = f"{value:.0%}" if percent else number(value)
-            body.append(_text(x_axis(value) + 5, y + bar - 3, text, "tick"))
+    for place, name in enumerate(names):
+        body.append(_text(left - 8, y + len(groups) * bar / 2 + 3, name[:16], "label", "end"))
+        for (_, css, _), row in zip(groups, values, strict=True):
+            value = row[place] if place < len(row) else 0.0
+            long = max(x_axis(value) - left, 0.5)
+            body.append(f'<rect class="bar {css}" x="{left}" y="{y:g}" width="{long:g}" height="{bar - 2}" rx="2"/>')
+            body.append(_text(x_axis(value) + 5, y + bar - 3, f"{value:.0%}", "tick"))
             y += bar
         y += gap
-    notes = legend([(name, f"plain g{g}", False) for g, name in enumerate(groups)]) if len(groups) > 1 else Markup("")
-    return _wrap(body, label, WIDTH, height) + notes
+    return _wrap(body, label, WIDTH, height) + legend([(name, css, False) for name, css, _ in groups])
 
 
 def interval_chart(

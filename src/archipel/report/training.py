@@ -215,6 +215,12 @@ def _names(value: Any) -> list[str]:
     return []
 
 
+def foreign(name: str, touched: Sequence[str]) -> list[str]:
+    """What an expert's process touched of other shards, experts or the router: nothing, if it was isolated."""
+    own = (f"shards/{name}/", f"experts/{name}/")
+    return [one for one in touched if one.startswith(("shards/", "experts/", "router/")) and not one.startswith(own)]
+
+
 def isolation(reader: Reader) -> dict[str, Any]:
     """Context: per trained job what its process opened and where it connected, as its card tells."""
     rows = []
@@ -227,6 +233,7 @@ def isolation(reader: Reader) -> dict[str, Any]:
         rows.append(
             {
                 "label": _job_label(name),
+                "foreign": foreign(name, [*read, *wrote]) if name not in (MONOLITH, ROUTER) else None,
                 "read": read[:TOUCHED],
                 "more": max(0, len(read) - TOUCHED),
                 "written": wrote[:TOUCHED],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from archipel.report.reading import Reader, arm_label, finite, mapping
-from archipel.report.scores import direction, notes
+from archipel.report.scores import TOO_FEW, direction, interval_text, notes
 from archipel.report.svg import number
 from archipel.run import MONOLITH
 
@@ -55,19 +55,6 @@ def _main(reader: Reader, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if row.get("metric") == config.evaluate.primary and row.get("arm") == config.sample.strategy:
             return row
     return None
-
-
-def interval_text(value: Any) -> str:
-    """'−0.02 (−0.03 to −0.01)' of {"value", "low", "high"}; '–' where there is no value."""
-    found = mapping(value)
-    centre, low, high = (finite(found.get(key)) for key in ("value", "low", "high"))
-    if centre is None:
-        return "–"
-    return (
-        f"{number(centre)} ({number(low)} to {number(high)})"
-        if low is not None and high is not None
-        else number(centre)
-    )
 
 
 def _said(row: Mapping[str, Any], grew: bool, few: bool) -> tuple[str, str]:
@@ -130,7 +117,7 @@ def verdict(reader: Reader, facts: Mapping[str, Any], cost: Mapping[str, Any]) -
     """Context of the headline. Claims come from the paired interval of the primary metric and from nothing else."""
     config = reader.run.config
     row = _main(reader, facts)
-    few = any("too few clips" in note.lower() for note in notes(facts))
+    few = any(TOO_FEW in note.lower() for note in notes(facts))
     base = {
         "compared": compared(reader),
         "compute": compute_text(cost),
