@@ -60,13 +60,9 @@ class Parts:
 
     @cached_property
     def router(self) -> Posterior:
-        from archipel.routing.stage import load_router
+        from archipel.routing.router import load_router
 
-        self.check([ROUTER])
-        if not (self.run.expert(ROUTER) / "calibration.json").is_file():
-            raise MissingStageError(f"the router is not calibrated: run `archipel route {self.run.root}` first")
-        router = load_router(self.run)
-        return cast(Posterior, router.to(self.device) if isinstance(router, torch.nn.Module) else router)
+        return load_router(self.run).to(self.device)
 
     def expert(self, name: str) -> Velocity:
         """An expert or the monolith; loaded when it is first called."""
@@ -91,6 +87,13 @@ class Parts:
                 for n in missing
             )
             raise MissingStageError(f"not trained yet in {self.run.root}: {', '.join(missing)}: run {commands} first")
+        if ROUTER in names:
+            from archipel.routing.router import read_calibration
+
+            if read_calibration(self.run) is None:
+                raise MissingStageError(
+                    f"the router of {self.run.root} is not calibrated: run `archipel route {self.run.root}` first"
+                )
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         clips = self.config.clips

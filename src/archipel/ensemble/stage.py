@@ -212,7 +212,7 @@ def _batch(
     bar, before, units = place
 
     def on_step(i: int, n: int, x: torch.Tensor, t: float) -> None:
-        if stop and i < n:
+        if i < n and stop:
             raise stop.error("generate")
         bar.update(before + i * units, settings.strategy)
 
