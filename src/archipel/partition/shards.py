@@ -18,7 +18,7 @@ from archipel.cache import Entry, open_kind
 from archipel.errors import DamagedError
 from archipel.manifest import Clip, Split, read_manifest, rows_of
 from archipel.partition.assignment import load_assignment
-from archipel.progress import Progress, StopFlag
+from archipel.progress import Progress, StopFlag, log_to
 from archipel.run import MONOLITH, Run
 
 SHARD_SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -43,19 +43,23 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
             )
     names = [*run.expert_names, MONOLITH]
     source = source_of(run, latents, text)
-    with Progress("partition: shards", len(names)) as bar:
-        for name in names:
+    missing = [name for name in names if not _current(run, name, source)]
+    if not missing:
+        return
+    with log_to(run.log("partition")), Progress("partition: shards", len(missing)) as bar:
+        for name in missing:
             if stop:
                 raise stop.error("partition")
-            card = store.read_card(run.shard(name))
-            if not (
-                run.done(run.shard(name))
-                and card is not None
-                and card.get("source") == source
-                and _whole(run.shard(name), card)
-            ):
-                _write_shard(run, name, clips, cluster, latents, text, source)
+            _write_shard(run, name, clips, cluster, latents, text, source)
             bar.advance()
+
+
+def _current(run: Run, name: str, source: dict[str, str]) -> bool:
+    """Whether a shard is committed by this run, cut from this very partition and cache, and whole."""
+    card = store.read_card(run.shard(name))
+    if card is None or card.get("run") != run.id or card.get("source") != source:
+        return False
+    return whole(run.shard(name), card)
 
 
 def source_of(run: Run, latents: Entry, text: Entry) -> dict[str, str]:
@@ -65,7 +69,7 @@ def source_of(run: Run, latents: Entry, text: Entry) -> dict[str, str]:
     return {"assignment": assignment, "latents": latents.folder.name, "text": text.folder.name}
 
 
-def _whole(folder: Path, card: Mapping[str, Any]) -> bool:
+def whole(folder: Path, card: Mapping[str, Any]) -> bool:
     """Whether every listed file has its size; hashes are `verify`'s work."""
     return all(
         (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]

@@ -41,11 +41,11 @@ def partition(run: Run, stop: StopFlag | None = None) -> None:
     the same run gives the same bytes again. Raises MissingStageError where *prepare* has not finished, ArchipelError
     where whole content groups cannot fill k clusters of at least two training clips.
     """
-    with log_to(run.log("partition")):
-        run.need(run.clips, "prepare")
-        if not run.done(run.partition):
+    run.need(run.clips, "prepare")
+    if not run.done(run.partition):
+        with log_to(run.log("partition")):
             _cluster(run, stop)
-        write_shards(run, stop)
+    write_shards(run, stop)
 
 
 def _cluster(run: Run, stop: StopFlag | None) -> None:

@@ -26,7 +26,7 @@ _LOW, _HIGH = float(np.log(0.05)), float(np.log(50.0))
 _GRID = 64
 _GOLDEN = (5**0.5 - 1) / 2
 # Widths (of log T) of the normal priors: the global temperature around 1, a bin's around the global one.
-_GLOBAL_WIDTH, _BIN_WIDTH = 1.0, 0.5
+_GLOBAL_WIDTH, _BIN_WIDTH = 1.0, 0.35
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -147,7 +147,9 @@ class Calibration:
             temperatures = np.array([value["temperature"], value["temperature_null"]], np.float64)
             times, prior = np.array(value["t"], np.float64), np.array(value["prior"], np.float64)
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{where} is not a calibration ({error!r}): remove it and route again") from error
+            raise DamagedError(
+                f"{where} is not a calibration ({error!r}): run `archipel route` to make it anew"
+            ) from error
         fits = times.ndim == 1 and len(times) > 0 and temperatures.shape == (2, len(times)) and prior.ndim == 1
         if not (
             fits
@@ -157,7 +159,7 @@ class Calibration:
             and (prior > 0).all()
             and abs(prior.sum() - 1) < 1e-6
         ):
-            raise DamagedError(f"{where} holds impossible numbers: remove it and route again")
+            raise DamagedError(f"{where} holds impossible numbers: run `archipel route` to make it anew")
         return cls(temperatures, times, prior)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,11 @@ def model_hash(folder: Path) -> str:
         ) from error
 
 
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """``value`` with the sha256 of its own canonical JSON, so that a damaged calibration is noticed."""
+    return {**value, "sha256": store.sha256_json(value)}
+
+
 def read_calibration(run: Run) -> Calibration | None:
     """The calibration of the router as it is now, or None where there is none or it belongs to another training."""
     folder = run.expert(ROUTER)
@@ -80,9 +86,11 @@ def read_calibration(run: Run) -> Calibration | None:
         return None
     value = store.read_json(path)
     if not isinstance(value, dict):
-        raise DamagedError(f"{path} is not a calibration: remove it and run `archipel route {run.root}`")
+        raise DamagedError(f"{path} is not a calibration: run `archipel route {run.root}` to make it anew")
     if value.get("run") != run.id or value.get("model_sha256") != model_hash(folder):
         return None
+    if seal({key: part for key, part in value.items() if key != "sha256"})["sha256"] != value.get("sha256"):
+        raise DamagedError(f"{path} is damaged: its sha256 is not its content's; run `archipel route` to make it anew")
     found = Calibration.from_json(value, str(path))
     if len(found.prior) != run.config.partition.k:
         raise DamagedError(

@@ -1,0 +1,148 @@
+"""What the router learns: which cluster a noisy clip is from.
+
+loss = cross-entropy of r(x_t, t, c) against k(x0), over all clips, with x_t made exactly as the experts' inputs are
+(Decentralized Diffusion Models, arXiv 2501.05450, section 3; method.md 8.3). Batches run through epochs of all clips, so
+they follow the data's cluster shares, and the minimum is p(k | x_t, t, c) without a correction of the prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archipel.errors import DamagedError
+from archipel.flow import draws
+from archipel.flow.path import interpolate
+from archipel.flow.time import validation_times
+from archipel.routing.calibration import BINS, Draws
+from archipel.routing.router import Logits
+from archipel.training.batches import Batch, Clips, Shard, training_batch, validation_batches
+
+TIMES = 5  # validation times of training: midpoints of equal shares of the training law
+CLIPS = 256  # validation clips at most, in training and in calibration
+_ANSWERS = 512  # a calibration bin has about so many noisy clips, at least _DRAWS[0] and at most _DRAWS[1] per clip
+_DRAWS = (2, 16)
+# Purposes (see flow.draws) of the noise and the times that the router is calibrated on.
+_NOISE, _TIME = 102, 103
+
+
+class RouterObjective:
+    """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Labels must lie in [0, experts)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shard: Shard,
+        experts: int,
+        *,
+        seed: int,
+        batch: int,
+        shift: float = 1.0,
+        text_dropout: float = 0.0,
+        device: str = "cpu",
+    ) -> None:
+        self.model, self.shard, self.experts = model.to(device), shard, experts
+        self._seed, self._size, self._device = seed, batch, device
+        self._shift, self._dropout = shift, text_dropout
+        self._times = validation_times(TIMES, shift).tolist()
+
+    def batch(self, step: int) -> Batch:
+        return training_batch(
+            self.shard.train,
+            self._seed,
+            step,
+            self._size,
+            shift=self._shift,
+            text_dropout=self._dropout,
+            device=self._device,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy per clip in nats, (B,)."""
+        if int(batch.cluster.min()) < 0 or int(batch.cluster.max()) >= self.experts:
+            raise DamagedError(
+                f"{self.shard.train.path} names clusters outside 0 to {self.experts - 1}: partition again"
+            )
+        return F.cross_entropy(self.model(batch.x_t, batch.t, batch.cond).float(), batch.cluster, reduction="none")
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """{"loss", "with_text", "without_text", "accuracy", "times", "bins"}, or {} without validation clips.
+
+        ``loss`` is what training minimises, on validation clips: with_text (1 - dropout) + without_text dropout. The
+        weights that are best by it are kept, since every caption is unique and a router soon knows them by heart.
+        """
+        bins, without, right = [], [], []
+        for number, t in enumerate(self._times):
+            text, null = [], []
+            for batch in validation_batches(
+                self.shard.validation, self._seed, t, bin_number=number, limit=CLIPS, device=self._device
+            ):
+                logits = self.model(batch.x_t, batch.t, batch.cond).float()
+                text.append(F.cross_entropy(logits, batch.cluster, reduction="none"))
+                right.append((logits.argmax(1) == batch.cluster).float())
+                blind = self.model(batch.x_t, batch.t, batch.cond.null()).float()
+                null.append(F.cross_entropy(blind, batch.cluster, reduction="none"))
+            if not text:
+                return {}
+            bins.append(float(torch.cat(text).mean()))
+            without.append(float(torch.cat(null).mean()))
+        with_text, without_text = sum(bins) / len(bins), sum(without) / len(without)
+        return {
+            "loss": (1 - self._dropout) * with_text + self._dropout * without_text,
+            "with_text": with_text,
+            "without_text": without_text,
+            "accuracy": float(torch.cat(right).mean()),
+            "times": [round(t, 6) for t in self._times],
+            "bins": bins,
+        }
+
+
+def chosen(clips: Clips) -> np.ndarray:
+    """Rows of at most ``CLIPS`` clips spread over a split, (N,) int64."""
+    count = min(CLIPS, len(clips))
+    return np.unique(np.linspace(0, len(clips) - 1, count).round().astype(np.int64)) if count else np.empty(0, np.int64)
+
+
+@torch.no_grad()
+def answer(
+    network: Logits, clips: Clips, rows: np.ndarray, *, seed: int, bins: int = BINS, device: str = "cpu"
+) -> Draws:
+    """A router's logits on noisy versions of labelled clips, in equal bins of t, with and without their captions.
+
+    Equal bins, not the training law: a sampler asks at every t. Within a bin a clip's draws are spread evenly.
+    """
+    repeats = int(np.clip(_ANSWERS // max(len(rows), 1), *_DRAWS))
+    parts: list[list[np.ndarray]] = [[], []]
+    times, labels = np.empty((bins, repeats, len(rows))), np.empty(len(rows), np.int64)
+    for number, batch, where in _noisy(clips, rows, bins, repeats, seed, device):
+        which, repeat = divmod(number, repeats)
+        times[which, repeat, where] = batch.t.double().cpu().numpy()
+        labels[where] = batch.cluster.cpu().numpy()
+        for branch, cond in enumerate((batch.cond, batch.cond.null())):
+            parts[branch].append(network(batch.x_t, batch.t, cond).double().cpu().numpy())
+    if not len(rows):
+        return Draws(np.empty((2, bins, repeats, 0, 1)), times, labels)
+    logits = np.stack([np.concatenate(part).reshape(bins, repeats, len(rows), -1) for part in parts])
+    return Draws(logits, times, labels)
+
+
+def _noisy(
+    clips: Clips, rows: np.ndarray, bins: int, repeats: int, seed: int, device: str, chunk: int = 64
+) -> Iterator[tuple[int, Batch, slice]]:
+    """(bin * repeats + repeat, batch, place of its clips among ``rows``): functions of (seed, number, clip) alone."""
+    for number in range(bins * repeats):
+        for begin in range(0, len(rows), chunk):
+            where = slice(begin, min(begin + chunk, len(rows)))
+            x0, cond, cluster = clips.take(rows[where], device)
+            items = clips.items(rows[where])
+            inside = draws.uniforms(seed, items, step=number, purpose=_TIME)
+            t = torch.from_numpy((number + inside) / (bins * repeats)).float().to(device)
+            drawn = draws.normals(seed, items, clips.latent_shape, step=number, purpose=_NOISE)
+            noise = torch.from_numpy(drawn).to(device)
+            yield number, Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t)), where
