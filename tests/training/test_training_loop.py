@@ -134,6 +134,8 @@ def test_stopping_anywhere_and_continuing_changes_no_bit(tmp_path: Path, at: int
     outcome = run_fit(again, tmp_path / "parts")
     assert outcome.resumed == 1 and again.asked[0] == at
     assert torch.equal(again.model.weight, whole.model.weight) and torch.equal(again.model.bias, whole.model.bias)
+    steps = [line["step"] for line in store.read_jsonl(tmp_path / "parts" / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
     one, two = (checkpoint.latest(tmp_path / name / CHECKPOINTS, "id") for name in ("whole", "parts"))
     assert one is not None and two is not None and one.arrays.keys() == two.arrays.keys()
     assert all((one.arrays[name] == two.arrays[name]).all() for name in one.arrays)

@@ -61,6 +61,8 @@ class Journal:
     def flush(self, step: int, validation: Mapping[str, Any] | None = None) -> None:
         """Write one line for the steps since the last. Raises ArchipelError naming the first that was not finite."""
         line: dict[str, Any] = {"step": step}
+        if not (self._pending or validation):
+            return  # all of it is told already
         if self._pending:
             values = torch.stack(self._pending).tolist()
             first = step - len(values) + 1
