@@ -28,6 +28,26 @@ def test_real_clips_against_themselves_are_exactly_one_half() -> None:
     assert copying.nearer_than(values, values).mean() == 0.5
 
 
+@pytest.mark.parametrize(("train", "test"), [(200, 60), (40, 90)])
+def test_ratio_of_distances_is_even_for_new_clips_and_sees_copies_but_no_blur(train: int, test: int) -> None:
+    found: dict[str, list[float]] = {"fresh": [], "blurred": [], "half": []}
+    for seed in range(20):
+        a, b, fresh = normal(100 + seed, train, 6), normal(200 + seed, test, 6), normal(300 + seed, 40, 6)
+        mixed = fresh.copy()
+        mixed[:20] = a[:20] + 1e-3
+        real = copying.train_over_test(b, a, b, np.eye(test, dtype=bool))
+        for name, clips in (("fresh", fresh), ("blurred", 0.2 * fresh), ("half", mixed)):
+            found[name].append(copying.nearer_than(copying.train_over_test(clips, a, b), real).mean())
+    assert np.mean(found["fresh"]) == pytest.approx(0.5, abs=4 * np.std(found["fresh"]) / 20**0.5)
+    assert np.mean(found["blurred"]) < 0.5 + 3 * np.std(found["blurred"]) / 20**0.5
+    assert np.mean(found["half"]) == pytest.approx(0.75, abs=0.05)
+
+
+def test_ratio_without_a_test_clip_to_compare_with_is_one() -> None:
+    a = normal(30, 4, 3)
+    assert copying.train_over_test(a, a + 1, a, np.ones((4, 4), bool)).tolist() == [1.0] * 4
+
+
 def test_distances_survive_a_large_common_offset() -> None:
     a, b = normal(5, 6, 30), normal(6, 7, 30)
     direct = np.linalg.norm(a[:, None] - b[None], axis=2)

@@ -17,6 +17,9 @@ from archipel.config import Evaluate, RunConfig, build
 from archipel.errors import ConfigError, DamagedError, MissingStageError, Stopped
 from archipel.evaluation import inputs as reading
 from archipel.evaluation import stage, verdicts
+from archipel.evaluation.intervals import Interval
+from archipel.evaluation.measure import Score
+from archipel.evaluation.protocol import Protocol
 from archipel.evaluation.stage import evaluate
 from archipel.manifest import Clip, write_manifest
 from archipel.progress import StopFlag
@@ -118,6 +121,14 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[dict[str
     return run, store.read_json(run.scores("test")), store.read_json(stage.extra_path(run))
 
 
+def score_of(row: dict[str, Any]) -> Score:
+    """A row as a score; its leave-out values have the row's bounds for two units, enough to be paired."""
+    interval = Interval(*(row[key] if row[key] is not None else float("nan") for key in ("value", "low", "high")))
+    left = interval.value + np.linspace(-1, 1, 21) * 1e-3
+    left[10], left[0] = left[0], interval.value
+    return Score(row["arm"], row["metric"], interval, row["n"], row["groups"], Protocol(**row["protocol"]), left)
+
+
 def value(rows: list[dict[str, Any]], arm: str, metric: str) -> float:
     (found,) = (row for row in rows if (row["arm"], row["metric"]) == (arm, metric))
     return float(found["value"])
@@ -175,8 +186,18 @@ def test_copies_are_seen(scored: tuple[Run, list[dict[str, Any]], dict[str, Any]
     assert value(rows, "full", "share-nearer-train") > 0.95
     assert value(rows, "full", "nearest-train") == pytest.approx(0, abs=1e-3)
     assert value(rows, "real", "share-nearer-train") == 0.5
-    assert extra["copying"]["grew"] in (True, False)
-    assert "nearer to training clips than unseen real clips" in extra["copying"]["verdict"]
+    assert value(rows, "full", "train-over-test") > 0.95
+    assert value(rows, "real", "train-over-test") == pytest.approx(0.5, abs=0.1)
+    assert not extra["copying"]["grew"]  # top1 is nearer to all real clips than the monolith, and copies none
+    assert "no copying can be told" in extra["copying"]["verdict"]
+    assert "copying did not grow" in extra["copying"]["verdict"]
+    by_arm = {(row["arm"], row["metric"]): row for row in rows}
+    scores = {key: score_of(row) for key, row in by_arm.items()}
+    copier = verdicts.copying(scores, "full", "efficientnet-appearance")
+    assert copier["grew"]
+    assert "so it copies" in copier["verdict"]
+    gap = Interval(-1.0, -1.5, -0.5)
+    assert "does not count as a gain" in verdicts.verdict("KID-x", "full", gap, None, 200, copier["grew"])
 
 
 def test_probe_is_shown_beside_chance_and_controls(scored: tuple[Run, list[dict[str, Any]], dict[str, Any]]) -> None:

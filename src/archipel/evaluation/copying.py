@@ -37,6 +37,23 @@ def nearer_than(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.asarray(1 - (below + upto) / 2 / len(order))
 
 
+def train_over_test(a: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+    """Distance to the nearest training clip over distance to the nearest test clip: (n,), 1 where there is no test clip.
+
+    a (n, D), train (m, D), test (k, D); ``hidden`` (n, k) bool are passed over. Held against the same ratio of unseen
+    real clips (``nearer_than``) it separates copying from blur: a mean-like clip is near to everything, hence nearer to
+    training clips than real clips are, but nearer to test clips as well. The idea is that of the three-sample test of
+    Meehan et al. 2020 (generated, training, test). Test clips beyond the number of training clips are left out, evenly:
+    with more of them than training clips, blur would pass for copying. An arm that has collapsed to few clips gives few
+    independent ratios: read it beside coverage.
+    """
+    if len(test) > len(train):
+        kept = np.linspace(0, len(test) - 1, len(train)).round().astype(np.int64)
+        test, hidden = test[kept], None if hidden is None else hidden[:, kept]
+    to_train, to_test = nearest(a, train), nearest(a, test, hidden)
+    return np.where(np.isfinite(to_test), to_train / np.maximum(to_test, 1e-12), 1.0)
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Per-clip terms; their means are the four numbers.

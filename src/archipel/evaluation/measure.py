@@ -199,6 +199,8 @@ def copying_scores(frame: Frame, extractor: str) -> Iterator[Score]:
     train, reference = table[inputs.train], table[inputs.reference]
     same = frame.group[:, None] == frame.reference_group[None]
     real_distance = copying.nearest(reference, train)
+    own = frame.reference_group[:, None] == frame.reference_group[None]
+    real_ratio = copying.train_over_test(reference, train, reference, own)
     k = copying.neighbours(len(reference), NEIGHBOURS)
     for name, arm in inputs.arms.items():
         features = arm.features[extractor]
@@ -211,8 +213,12 @@ def copying_scores(frame: Frame, extractor: str) -> Iterator[Score]:
                 "probability to be nearer to training clips than a real clip of the split",
             ),
         }
-        others = ~same.all(1)
-        if others.all() and frame.count > 1:
+        terms["train-over-test"] = (
+            copying.nearer_than(copying.train_over_test(features, train, reference, same), real_ratio),
+            frame.group,
+            "probability that nearest training over nearest real distance is below that of a real clip of the split",
+        )
+        if not same.all(1).any():
             to_test = copying.nearest(features, reference, same)
             terms["nearest-test"] = (to_test, frame.group, f"nearest real {inputs.split} clip of another group")
             cover = copying.coverage(reference, features, k, frame.reference_group, frame.group)
@@ -222,7 +228,7 @@ def copying_scores(frame: Frame, extractor: str) -> Iterator[Score]:
             terms["density"] = (cover.density, frame.group, rule)
             terms["coverage"] = (cover.coverage, frame.reference_group, rule)
         for metric, (values, group, rule) in terms.items():
-            share = metric in ("share-nearer-train", "precision", "recall", "coverage")
+            share = metric in ("share-nearer-train", "train-over-test", "precision", "recall", "coverage")
             value = (intervals.share_interval if share else intervals.mean_interval)(values, group)
             left = intervals.leave_out_means(values, group, frame.count)
             protocol = frame.protocol(f"{metric}: {rule}", extractor, reference=len(reference))

@@ -32,6 +32,7 @@ from archipel.evaluation.inputs import (
 )
 from archipel.evaluation.intervals import FEW_GROUPS, Interval
 from archipel.evaluation.measure import Frame, Score
+from archipel.partition.kmeans import one_thread
 from archipel.progress import Progress, StopFlag, log_to
 from archipel.run import MONOLITH, Run
 
@@ -112,7 +113,8 @@ def score(inputs: Inputs, stop: StopFlag | None = None) -> tuple[list[dict[str, 
         lambda: measure.cluster_scores(frame, facts),
     ]
     found: list[Score] = []
-    with Progress("evaluate: scores", len(work)) as bar:
+    # On one thread: the numbers do not depend on the machine's cores, and small matrices are no faster on more.
+    with one_thread(), Progress("evaluate: scores", len(work)) as bar:
         for part in work:
             if stop:
                 raise stop.error("evaluate")

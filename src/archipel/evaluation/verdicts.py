@@ -15,6 +15,8 @@ from archipel.run import MONOLITH
 
 Scores = Mapping[tuple[str, str], Score]
 TOO_FEW = "too few clips to conclude"
+JUDGE = "train-over-test"
+COPYING = (JUDGE, "share-nearer-train", "nearest-train", "nearest-test", "precision", "recall", "density", "coverage")
 
 
 def few(groups: int) -> bool:
@@ -79,32 +81,37 @@ def verdict(metric: str, arm: str, gap: Interval, quotient: Interval | None, gro
 
 
 def copying(scores: Scores, arm: str, extractor: str) -> dict[str, Any]:
-    """Table per arm and a verdict: did the primary arm come nearer to the training clips than the monolith did?"""
-    metrics = ("nearest-train", "nearest-test", "share-nearer-train", "precision", "recall", "density", "coverage")
+    """Table per arm and a verdict: does the primary arm copy, and more than the monolith does?
+
+    Copying is judged by "train-over-test" (0.5: none). It grew where the arm's lower bound is above 0.5 and its paired
+    difference to the monolith is above 0. Being nearer to training clips alone is no copying: any arm whose clips look
+    real is nearer to all real clips than a poor arm is.
+    """
     arms = list(dict.fromkeys(name for name, _ in scores))
     table = [
-        {"arm": name, **{one: clean(scores[name, one].interval) for one in metrics if (name, one) in scores}}
+        {"arm": name, **{one: clean(scores[name, one].interval) for one in COPYING if (name, one) in scores}}
         for name in arms
     ]
-    grew = pair(scores, "share-nearer-train", arm, MONOLITH) if arm != MONOLITH else None
-    share = scores.get((arm, "share-nearer-train"))
-    more = grew is not None and grew.low > 0
-    said = []
-    if share is not None:
-        near = share.interval
-        if near.low > 0.5:
-            said.append(f"{arm} lies nearer to training clips than unseen real clips do ({near}; 0.5 is no copying)")
-        else:
-            said.append(f"{arm} lies no nearer to training clips than unseen real clips do ({near}; 0.5 is no copying)")
-    if grew is not None:
+    growth = pair(scores, JUDGE, arm, MONOLITH) if arm != MONOLITH else None
+    found, grew, said = scores.get((arm, JUDGE)), False, []
+    if found is not None:
+        near = found.interval
+        copies = near.low > 0.5
+        grew = copies and (growth is None or growth.low > 0)
         said.append(
-            f"against the monolith this {'grew by' if more else 'did not grow by more than its interval:'} {grew}"
+            f"clips of {arm} lie nearer to training clips, in relation to unseen real clips, than those do among "
+            f"themselves with probability {near}; 0.5 is no copying, so "
+            f"{'it copies' if copies else 'no copying can be told'}"
         )
+        if growth is not None:
+            said.append(f"less the monolith's this is {growth}: copying {'grew' if grew else 'did not grow'}")
+    if found is not None and few(found.groups):
+        said.append(f"{found.groups} content groups: {TOO_FEW}")
     return {
         "extractor": extractor,
         "arms": table,
-        "growth": clean(grew) if grew is not None else None,
-        "grew": more,
+        "growth": clean(growth) if growth is not None else None,
+        "grew": grew,
         "verdict": "; ".join(said) + "." if said else "",
     }
 
