@@ -41,6 +41,8 @@ def decode_clip(data: bytes, window: Window) -> np.ndarray:
     except Rejected:
         raise
     except Exception as error:  # decoders raise anything at all on hostile bytes; messages hold addresses, so: the name
+        if type(error).__name__ == "DecompressionBombError":  # Pillow's own bound, above ours
+            raise Rejected("too large: the picture claims more pixels than can be meant") from error
         raise Rejected(f"undecodable: {kind} data that its decoder refuses ({type(error).__name__})") from error
     return np.stack(frames)
 

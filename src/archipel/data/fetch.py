@@ -24,7 +24,7 @@ from pathlib import Path
 
 from archipel import store
 from archipel.data.base import require
-from archipel.errors import ArchipelError
+from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 
 logger = logging.getLogger("archipel")
@@ -49,6 +49,10 @@ class Package:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def megabytes(self) -> int:
+        return max(1, round(self.size / 1e6))
 
     @property
     def filename(self) -> str:
@@ -138,12 +142,12 @@ def _pack(package: Package, part: Path, stop: StopFlag | None) -> None:
             command, cwd=part, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        with Progress(f"fetch {package.name} (MB)", max(package.size >> 20, 1)) as bar:
+        with Progress(f"fetch {package.name} (MB)", package.megabytes) as bar:
             while child.poll() is None:
                 if stop:
-                    raise stop.error(f"fetching {package.label}")
+                    raise _stopped(package, stop)
                 time.sleep(0.2)
-                bar.update(min(_arrived(part), package.size) >> 20)
+                bar.update(min(_arrived(part), package.size) // 10**6)
             if child.returncode == 0:
                 bar.update(bar.total)
     finally:
@@ -165,14 +169,22 @@ def _arrived(part: Path) -> int:
     return total
 
 
+def _stopped(package: Package, stop: StopFlag) -> Stopped:
+    # Not stop.error: it says that everything is kept, and npm cannot keep half a file.
+    return Stopped(
+        f"fetching {package.label} was stopped; finished packages are kept, this one starts over next time",
+        interrupted=stop.signal is not None,
+    )
+
+
 def _explain(package: Package, said: str, stop: StopFlag | None) -> Exception:
     if stop:
-        return stop.error(f"fetching {package.label}")
+        return _stopped(package, stop)
     folder = cache_folder() / "npm"
     kept = "Packages that were finished are kept; this one starts over next time."
     if found := _NO_NETWORK.search(said):
         return ArchipelError(
-            f"no network: {package.label} ({package.size >> 20} MB) could not be fetched ({found.group()}). {kept} "
+            f"no network: {package.label} ({package.megabytes} MB) could not be fetched ({found.group()}). {kept} "
             f"Try `--source shapes`, which needs no network, or copy {package.filename} to {folder} by hand."
         )
     if "ENOSPC" in said:

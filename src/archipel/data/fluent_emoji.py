@@ -173,8 +173,8 @@ class FluentEmoji:
         self._tarballs: dict[int, _Tarball] = {}
 
     def items(self) -> list[Item]:
-        names = read_names(fetch(NAMES, self._stop))
         paths = [fetch(PACKAGES[number], self._stop) for number in self._numbers]
+        names = read_names(fetch(NAMES, self._stop))
         items = []
         with Progress("prepare: packages", len(paths)) as bar:
             for number, path in zip(self._numbers, paths, strict=True):

@@ -28,7 +28,7 @@ from archipel.data.base import Item, Rejected, Source, Window, category, require
 from archipel.data.decode import motion_of
 from archipel.data.splits import assign_splits
 from archipel.errors import ArchipelError, MissingStageError
-from archipel.manifest import SPLITS, Clip, write_manifest
+from archipel.manifest import SPLITS, Clip, Split, write_manifest
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
 
@@ -63,6 +63,7 @@ def ingest(run: Run, stop: StopFlag) -> None:
             raise ArchipelError(f"clips.source = {source.name!r} gives no clips" + _hint(run))
         candidates, rejected = _scan(run, source, items, stop)
         _hold_to_limit(run, items, rejected)
+        _splits(run, candidates)  # a conflict is told before the decoding, not after it
         entry = _decode_all(run, source, candidates, rejected, stop)
         _hold_to_limit(run, items, rejected)
         _write(run, source, items, candidates, rejected, entry)
@@ -259,6 +260,11 @@ def _write_rejected(run: Run, items: list[Item], rejected: dict[str, str]) -> No
     store.write_text(run.clips / "rejected.csv", text.getvalue())
 
 
+def _splits(run: Run, kept: list[Candidate]) -> list[Split]:
+    groups, given = [c.item.group for c in kept], [c.item.split for c in kept]
+    return assign_splits(groups, given, run.config.clips.split, run.config.run.seed)
+
+
 def _write(
     run: Run,
     source: Source,
@@ -270,17 +276,15 @@ def _write(
     assert entry is not None  # _hold_to_limit has refused an empty set
     kept = [candidates[row] for row in entry["item"][:].tolist()]
     motion = entry["motion"][:].tolist()
+    _write_rejected(run, items, rejected)
     check_count(run.config, len(kept))
-    splits = assign_splits(
-        [c.item.group for c in kept], [c.item.split for c in kept], run.config.clips.split, run.config.run.seed
-    )
+    splits = _splits(run, kept)
     rows = [
         Clip(c.sha256[:16], c.sha256, c.item.key, c.item.caption or "", c.item.group, split, round(float(m), 6))
         for c, split, m in zip(kept, splits, motion, strict=True)
     ]
     cache.set_index(run.cache, {"pixels": entry.folder.name})
     write_manifest(run.manifest, rows)
-    _write_rejected(run, items, rejected)
     counts: dict[str, Any] = {
         "candidates": len(items),
         "used": len(rows),
