@@ -78,6 +78,7 @@ def test_interrupted_build_continues_at_the_first_missing_shard_with_the_same_by
     assert not (folder / "card.json").exists()
     with pytest.raises(DamagedError, match="unfinished"):
         cache.open_entry(folder)
+    (folder / ".shard-00002.abc.tmp.safetensors").write_bytes(b"torn")  # what kill -9 leaves of a file written aside
     second = Maker()
     build(tmp_path / "torn", second)
     assert second.calls == [(10, 15), (15, 20), (20, 23)]

@@ -47,7 +47,7 @@ class Rows:
     def __init__(self, parts: list[np.ndarray]) -> None:
         if not parts:
             raise ValueError("Rows needs at least one part")
-        self._parts = parts
+        self._parts = [part.view(np.ndarray) for part in parts]  # as plain arrays: memmap's own indexing is slower
         self._ends = np.cumsum([len(part) for part in parts])
         self._starts = self._ends - [len(part) for part in parts]
         self.row_shape: tuple[int, ...] = parts[0].shape[1:]
@@ -82,7 +82,7 @@ class Rows:
             raise IndexError(f"a row among {wanted[:8].tolist()} is outside the {count} rows there are")
         wanted = np.where(wanted < 0, wanted + count, wanted)
         if len(self._parts) == 1:
-            return np.array(self._parts[0][wanted])
+            return self._parts[0][wanted]  # indexing by an array copies
         taken = np.empty((len(wanted), *self.row_shape), self.dtype)
         owner = np.searchsorted(self._ends, wanted, side="right")
         for part in np.unique(owner):
@@ -215,6 +215,8 @@ def _make_shards(folder: Path, items: int, make: Make, label: str, stop: StopFla
     if card is not None:  # committed once, but a shard is missing or torn: back to an unfinished build
         store.write_json(folder / _PARTIAL, {"shards": card["shards"]})
         (folder / "card.json").unlink()
+    for torn in folder.glob(".*.tmp*"):  # what a killed build left aside; the lock says that nobody writes it now
+        torn.unlink()
     known = _known(folder)
     good: dict[str, dict[str, Any]] = {}
     missing = []

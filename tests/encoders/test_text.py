@@ -7,6 +7,7 @@ import torch
 
 from archipel.config import Text
 from archipel.encoders.text import MiniLM, open_text
+from archipel.errors import ArchipelError
 
 CAPTIONS = ["a red ball moves", "grinning face", "", "Ünïcode: 红色的球 🎈", "a dog's tail, wagging -- twice!"]
 
@@ -66,6 +67,12 @@ def test_long_captions_are_cut_and_named(encoder: MiniLM) -> None:
     condition = encoder.encode(captions)
     assert condition.mask[1:].all() and condition.mask.shape == (4, 24)
     assert torch.allclose(condition.tokens[1], condition.tokens[2], atol=1e-5)  # the 23rd word is what was cut
+
+
+def test_text_that_is_no_text_is_refused_by_number(encoder: MiniLM) -> None:
+    for call in (encoder.encode, encoder.truncated):
+        with pytest.raises(ArchipelError, match="caption 1 is not valid text at character 2"):
+            call(["fine", "a \udcff b"])
 
 
 def test_pooled_vectors_are_those_of_sentence_transformers(encoder: MiniLM) -> None:

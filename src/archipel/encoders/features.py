@@ -45,7 +45,7 @@ def extract(names: Sequence[str], clips: Tensor | NDArray[Any], config: Evaluate
     unknown = [name for name in names if name not in WIDTHS]
     if unknown:
         raise ArchipelError(f"{unknown[0]!r} is not a feature: there are {', '.join(NAMES)}")
-    held = clips if isinstance(clips, Tensor) else torch.from_numpy(np.ascontiguousarray(clips))
+    held = clips.cpu() if isinstance(clips, Tensor) else torch.from_numpy(np.ascontiguousarray(clips))
     is_bytes = held.dtype == torch.uint8
     if held.ndim != 5 or held.shape[-1 if is_bytes else 1] != 3:
         raise ArchipelError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from archipel.config import Text as TextConfig
 from archipel.contracts import Conditioning
 from archipel.encoders.weights import weights_file
+from archipel.errors import ArchipelError
 
 _AT_ONCE = 64
 
@@ -54,14 +55,16 @@ class MiniLM:
 
     def truncated(self, captions: Sequence[str]) -> list[int]:
         """Rows of the captions that are longer than L tokens and therefore lose their end."""
-        lengths = [len(encoding.ids) for encoding in self._whole.encode_batch(list(captions))] if captions else []
+        lengths = [len(encoding.ids) for encoding in self._whole.encode_batch(_readable(captions))] if captions else []
         return [row for row, length in enumerate(lengths) if length > self.tokens]
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
+        """See the class. Raises ArchipelError naming a caption that is not valid Unicode."""
+        captions = _readable(captions)
         if not captions:
             empty = torch.zeros(0, self.tokens, self.width)
             return Conditioning(empty, empty[:, :, 0].bool(), empty[:, 0])
-        parts = [self._encode(list(captions[begin : begin + _AT_ONCE])) for begin in range(0, len(captions), _AT_ONCE)]
+        parts = [self._encode(captions[begin : begin + _AT_ONCE]) for begin in range(0, len(captions), _AT_ONCE)]
         return Conditioning.cat(parts)
 
     @torch.no_grad()
@@ -73,6 +76,18 @@ class MiniLM:
         tokens = hidden * mask[:, :, None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True)
         return Conditioning(tokens, mask.bool(), torch.nn.functional.normalize(mean, dim=1))
+
+
+def _readable(captions: Sequence[str]) -> list[str]:
+    """Refuse halves of characters (bytes of a shell or file that were no UTF-8), which the tokenizer cannot take."""
+    for number, caption in enumerate(captions):
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise ArchipelError(
+                f"caption {number} is not valid text at character {error.start}: {caption[:60]!r}"
+            ) from error
+    return list(captions)
 
 
 def open_text(config: TextConfig) -> MiniLM:
