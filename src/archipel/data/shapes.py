@@ -112,7 +112,7 @@ def _slide(direction: int) -> Callable[[Pose, np.ndarray], None]:
     def move(p: Pose, u: np.ndarray) -> None:
         p.floor = 0.22
         p.y = np.full_like(u, p.floor + p.foot)
-        p.x = 0.5 + direction * (u % 1 - 0.4375) * (1.08 - 2 * p.radius)
+        p.x = 0.5 + direction * (u % 1 - 0.4375) * (0.96 - 2 * p.radius)
 
     return move
 
@@ -146,7 +146,7 @@ def _fall(p: Pose, u: np.ndarray) -> None:
 
 
 def _rise(p: Pose, u: np.ndarray) -> None:
-    p.y = 0.5 + (u % 1 - 0.4375) * (1.08 - 2 * p.radius)
+    p.y = 0.5 + (u % 1 - 0.4375) * (1.0 - 2 * p.radius)
     p.x = 0.5 + 0.06 * np.sin(2 * _TURN * u)  # the sway of a balloon
 
 
