@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,16 @@ def write_clips(run: Run) -> None:
         "clips",
         run.id,
         ["rejected.csv"],
-        provenance={"license": "MIT <i>says the package</i>", "packages": 1},
-        counts={"clips": 157, "rejected": 3},
+        provenance={"license": "MIT <i>says the package</i>", "packages": {"emoji <3>": "sha512-0"}},
+        counts={
+            "candidates": 160,
+            "used": 157,
+            "groups": 150,
+            "train": 110,
+            "validation": 16,
+            "test": 31,
+            "rejected": {"truncated": 2, "no caption": 1},
+        },
     )
 
 
@@ -330,8 +339,10 @@ def empty_run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def full_run(empty_run: Run) -> Run:
-    """A run with every file there is."""
+def full_run(empty_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run with every file there is; its page shows few clips, for speed."""
+    for name, count in (("ROWS", 2), ("OTHER_ROWS", 1)):
+        monkeypatch.setattr(f"archipel.report.samples.{name}", count)
     for write in (
         write_clips,
         write_partition,
@@ -343,3 +354,17 @@ def full_run(empty_run: Run) -> Run:
     ):
         write(empty_run)
     return empty_run
+
+
+@pytest.fixture
+def all_pictures(full_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same run, with as many clips as a page really shows."""
+    for name, count in (("ROWS", 12), ("OTHER_ROWS", 6)):
+        monkeypatch.setattr(f"archipel.report.samples.{name}", count)
+    return full_run
+
+
+@pytest.fixture
+def scores_of() -> Callable[..., None]:
+    """``write_scores``, for tests that need other scores."""
+    return write_scores

@@ -185,43 +185,43 @@ def router_weights(reader: Reader) -> dict[str, Any]:
     return {"missing": "" if arms else reader.command("generate", "--arms"), "arms": arms, "entropy": chart}
 
 
-def rejected(reader: Reader) -> dict[str, Any]:
-    """Reasons and counts of clips/rejected.csv: [(reason, count)], most frequent first."""
+def rejected(reader: Reader, counted: Any) -> dict[str, Any]:
+    """Reasons and counts of what could not be used, most frequent first: from the card, else from clips/rejected.csv."""
     import csv
     from collections import Counter
 
     path = reader.run.clips / "rejected.csv"
-    if not path.is_file():
+    found: Counter[str] = Counter()
+    if isinstance(counted, Mapping):
+        found.update({str(reason): int(count) for reason, count in counted.items() if finite(count) is not None})
+    elif path.is_file():
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            found.update(
+                str(row.get("reason") or "no reason given").split(":")[0].strip()[:80] for row in csv.DictReader(file)
+            )
+    else:
         return {"total": None, "reasons": []}
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        found = Counter(
-            str(row.get("reason") or "no reason given").split("(")[0].split(":")[0].strip()[:80]
-            for row in csv.DictReader(file)
-        )
     return {"total": sum(found.values()), "reasons": found.most_common(12)}
 
 
 def source(reader: Reader) -> dict[str, Any]:
     """Context: where the clips came from, their licence, counts, what was refused."""
-    card = reader.card(reader.run.clips)
+    card = mapping(reader.card(reader.run.clips))
     settings = reader.run.config.clips
+    provenance, counts = mapping(card.get("provenance")), mapping(card.get("counts"))
     facts: list[tuple[str, str]] = [("source", settings.source)]
-    provenance = mapping((card or {}).get("provenance"))
-    licence = str(
-        provenance.get("license") or (card or {}).get("license") or settings.license or "not stated by the source"
-    )
-    for key, value in {**provenance, **mapping((card or {}).get("counts"))}.items():
-        if key not in ("license", "source") and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    for key, value in {**provenance, **counts}.items():
+        if key in ("license", "source", "rejected"):
+            continue
+        if isinstance(value, Mapping):
+            facts.append((str(key), ", ".join(str(name) for name in value)[:300]))
+        elif isinstance(value, str) or finite(value) is not None:
             facts.append((str(key).replace("_", " "), str(value)))
-    facts.append(
-        (
-            "window",
-            f"{settings.frames} frames at {finite(settings.fps):g} per second, {settings.size} × {settings.size} pixels, {settings.crop}",
-        )
-    )
+    window = f"{settings.frames} frames at {settings.fps:g} per second, {settings.size} × {settings.size} pixels"
+    facts.append(("window", window))
     return {
         "missing": "" if card else reader.command("prepare"),
         "facts": facts,
-        "license": licence,
-        "rejected": rejected(reader),
+        "license": str(provenance.get("license") or settings.license or "not stated by the source"),
+        "rejected": rejected(reader, counts.get("rejected")),
     }

@@ -146,7 +146,7 @@ def context(run: Run) -> dict[str, Any]:
 
 def _clip_count(reader: Reader) -> str:
     counts = mapping((reader.card(reader.run.clips) or {}).get("counts"))
-    total = finite(counts.get("clips", counts.get("used", counts.get("usable", counts.get("total")))))
+    total = finite(counts.get("used"))
     return f"{total:.0f} with captions" if total else "with captions"
 
 

@@ -124,7 +124,7 @@ def verdict(reader: Reader, facts: Mapping[str, Any], cost: Mapping[str, Any]) -
         "tiles": _tiles(reader, facts, cost),
         "tables": _tables(reader, facts),
         "long": compute_text(cost) if cost.get("matched") is True else "",
-        "cautions": _cautions(facts, cost, few),
+        "cautions": _cautions(facts, cost, few) if row is not None or cost.get("ratio") is not None else [],
     }
     if row is None:
         scored = bool(facts)
