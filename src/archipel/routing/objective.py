@@ -7,7 +7,6 @@ they follow the data's cluster shares, and the minimum is p(k | x_t, t, c) witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,8 @@ from archipel.training.batches import Batch, Clips, Shard, training_batch, valid
 TIMES = 5  # validation times of training: midpoints of equal shares of the training law
 CLIPS = 256  # validation clips at most, in training and in calibration
 _ANSWERS = 512  # a calibration bin has about so many noisy clips, at least _DRAWS[0] and at most _DRAWS[1] per clip
-_DRAWS = (2, 16)
+_DRAWS = (2, 8)
+_CHUNK = 128
 # Purposes (see flow.draws) of the noise and the times that the router is calibrated on.
 _NOISE, _TIME = 102, 103
 
@@ -115,34 +115,32 @@ def answer(
 ) -> Draws:
     """A router's logits on noisy versions of labelled clips, in equal bins of t, with and without their captions.
 
-    Equal bins, not the training law: a sampler asks at every t. Within a bin a clip's draws are spread evenly.
+    Equal bins, not the training law: a sampler asks at every t. Within a bin a clip's draws are spread evenly. What a
+    clip is asked about is a function of (seed, number of the draw, clip) alone.
     """
     repeats = int(np.clip(_ANSWERS // max(len(rows), 1), *_DRAWS))
-    parts: list[list[np.ndarray]] = [[], []]
-    times, labels = np.empty((bins, repeats, len(rows))), np.empty(len(rows), np.int64)
-    for number, batch, where in _noisy(clips, rows, bins, repeats, seed, device):
-        which, repeat = divmod(number, repeats)
-        times[which, repeat, where] = batch.t.double().cpu().numpy()
-        labels[where] = batch.cluster.cpu().numpy()
-        for branch, cond in enumerate((batch.cond, batch.cond.null())):
-            parts[branch].append(network(batch.x_t, batch.t, cond).double().cpu().numpy())
-    if not len(rows):
-        return Draws(np.empty((2, bins, repeats, 0, 1)), times, labels)
-    logits = np.stack([np.concatenate(part).reshape(bins, repeats, len(rows), -1) for part in parts])
-    return Draws(logits, times, labels)
+    total = bins * repeats
+    _, _, cluster = clips.take(rows)
+    # Every (draw, clip) in one long line, cut into chunks: a few clips would make very small batches otherwise.
+    number, place = (part.reshape(-1) for part in np.indices((total, len(rows))))
+    times, parts = np.empty(len(number)), []
+    for begin in range(0, len(number), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        x0, cond, _ = clips.take(rows[place[part]], device)
+        t, noise = _noise(clips, number[part], rows[place[part]], total, seed)
+        times[part] = t.double().numpy()
+        t, noise = t.to(device), noise.to(device)
+        x_t = interpolate(x0, noise, t)
+        both = [network(x_t, t, one).double().cpu().numpy() for one in (cond, cond.null())]
+        parts.append(np.stack(both))
+    shape = (bins, repeats, len(rows))
+    logits = np.concatenate(parts, 1) if parts else np.empty((2, 0, 1))
+    return Draws(logits.reshape(2, *shape, logits.shape[-1]), times.reshape(shape), cluster.numpy())
 
 
-def _noisy(
-    clips: Clips, rows: np.ndarray, bins: int, repeats: int, seed: int, device: str, chunk: int = 64
-) -> Iterator[tuple[int, Batch, slice]]:
-    """(bin * repeats + repeat, batch, place of its clips among ``rows``): functions of (seed, number, clip) alone."""
-    for number in range(bins * repeats):
-        for begin in range(0, len(rows), chunk):
-            where = slice(begin, min(begin + chunk, len(rows)))
-            x0, cond, cluster = clips.take(rows[where], device)
-            items = clips.items(rows[where])
-            inside = draws.uniforms(seed, items, step=number, purpose=_TIME)
-            t = torch.from_numpy((number + inside) / (bins * repeats)).float().to(device)
-            drawn = draws.normals(seed, items, clips.latent_shape, step=number, purpose=_NOISE)
-            noise = torch.from_numpy(drawn).to(device)
-            yield number, Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t)), where
+def _noise(clips: Clips, number: np.ndarray, rows: np.ndarray, total: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Times (B,) in [number / total, (number + 1) / total) and noise (B, C, T, H, W) of draw ``number`` of each row."""
+    pairs = list(zip(number.tolist(), clips.items(rows), strict=True))
+    inside = [draws.uniforms(seed, [item], step=step, purpose=_TIME)[0] for step, item in pairs]
+    noise = [draws.normals(seed, [item], clips.latent_shape, step=step, purpose=_NOISE)[0] for step, item in pairs]
+    return torch.from_numpy((number + np.array(inside)) / total).float(), torch.from_numpy(np.stack(noise))
