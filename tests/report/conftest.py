@@ -253,6 +253,7 @@ def write_scores(run: Run, gap: float = -0.021, groups: int = 140, grew: bool = 
                     rows.append({"arm": arm, "metric": metric, **_interval(value, value * 0.16 + 1e-4)})
         rows.append({"arm": arm, "metric": "motion", **_interval(0.05 + 0.002 * place, 0.004)})
         rows.append({"arm": arm, "metric": "retrieval@1", **_interval(0.2 - 0.01 * place, 0.02)})
+        rows.append({"arm": arm, "metric": "train-before-test", **_interval(0.48, 0.1)})
         rows.append({"arm": arm, "metric": "share-nearer-train", **_interval(0.5, 0.04)})
         rows += [{"arm": arm, "metric": f"cluster-share-{k}", **_interval(0.33, 0.05)} for k in range(K)]
     protocol = {

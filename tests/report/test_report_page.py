@@ -208,6 +208,16 @@ def test_the_codec_stands_first_and_the_primary_metric_is_marked(full_run: Run) 
     assert re.search(r'<th scope="col" class="primary">KID-efficientnet-appearance', table)
 
 
+def test_copying_has_its_own_table_and_says_what_may_be_said(full_run: Run) -> None:
+    text = render(full_run)
+    section = text[text.index('<h2 id="copying">') : text.index('<h2 id="router">')]
+    assert "train-before-test" in section and "Top1 lies no nearer" in section and "0.5 is no copying" in section
+    assert (
+        "train-before-test"
+        not in text[text.index('<h2 id="scores">') : text.index("What each score was computed with")]
+    )
+
+
 def test_an_empty_run_names_the_command_for_every_part(empty_run: Run) -> None:
     seen = page(empty_run)
     for command in (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from archipel.report.reading import arm_label, finite, floats, mapping
-from archipel.report.scores import in_order, interval_text
+from archipel.report.scores import interval_text
 from archipel.report.svg import number
 
 
@@ -49,13 +49,30 @@ def probe(facts: Mapping[str, Any], primary: str) -> dict[str, Any]:
     return {"tables": tables, "withheld": withheld, "pool": finite(found.get("pool"))}
 
 
-def copying(facts: Mapping[str, Any], primary: str) -> dict[str, Any]:
-    """Context of the copying section: one row per arm, and what may be said."""
+MEANINGS = (
+    (
+        "train-before-test",
+        "of equally many training clips and unseen real clips, how often the nearest is a training clip; 0.5 is no copying",
+    ),
+    (
+        "share-nearer-train",
+        "how often a clip is nearer to the training clips than an unseen real clip is; 0.5 is no copying",
+    ),
+    ("nearest-train, nearest-test", "mean distance to the nearest training clip and to the nearest unseen real clip"),
+    ("precision, density", "how many generated clips lie among the real ones"),
+    ("recall, coverage", "how many real clips have generated ones near them"),
+)
+
+
+def copying(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Context of the copying section: what may be said, and what its measures mean."""
     found = mapping(facts.get("copying"))
-    by = {str(mapping(row).get("arm")): mapping(row) for row in found.get("arms") or []}
-    rows = [(arm_label(arm, primary), by[arm]) for arm in in_order(by, primary)]
-    tables = [table(f"In the space of {found.get('extractor', 'the primary extractor')}", "arm", rows)] if rows else []
-    return {"tables": tables, "verdict": str(found.get("verdict") or "")}
+    said = str(found.get("verdict") or "")
+    return {
+        "verdict": said[:1].upper() + said[1:],
+        "extractor": str(found.get("extractor") or ""),
+        "meanings": MEANINGS,
+    }
 
 
 def shares(facts: Mapping[str, Any], primary: str) -> dict[str, list[float]]:

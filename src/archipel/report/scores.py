@@ -45,7 +45,12 @@ def family(metric: str) -> str:
     name = metric.lower()
     if name.startswith("cluster-share"):
         return CLUSTERS
-    if name.startswith(("nearest-", "share-nearer")) or name in ("precision", "recall", "density", "coverage"):
+    if name.startswith(("nearest-", "share-nearer", "train-before")) or name in (
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ):
         return COPYING
     if name.startswith("kid-"):
         return "Kernel distances (unbiased)"
@@ -109,7 +114,12 @@ def scores(reader: Reader, facts: Mapping[str, Any]) -> dict[str, Any]:
     rows = _rows(reader)
     config = reader.run.config
     if not rows:
-        return {"missing": reader.command("evaluate"), "tables": [], "primary_metric": config.evaluate.primary}
+        return {
+            "missing": reader.command("evaluate"),
+            "tables": [],
+            "copying": None,
+            "primary_metric": config.evaluate.primary,
+        }
     primary = config.sample.strategy
     arms = _arms(rows, primary)
     metrics = list(dict.fromkeys(str(row.get("metric")) for row in rows))
@@ -138,6 +148,7 @@ def scores(reader: Reader, facts: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         "missing": "",
+        "copying": _table(COPYING, families[COPYING], rows, arms, reader) if COPYING in families else None,
         "split": reader.protocol,
         "primary_metric": config.evaluate.primary,
         "chart": chart,

@@ -114,9 +114,9 @@ def context(run: Run) -> dict[str, Any]:
     parts = {
         "ledger": cost,
         "samples": {"main": [], "hero": [], **_guarded("samples", lambda: samples(reader))},
-        "scores": _guarded("scores", lambda: scoring.scores(reader, facts)),
+        "scores": {"copying": None, **_guarded("scores", lambda: scoring.scores(reader, facts))},
         "probe": {"tables": [], "withheld": "", **_guarded("probe", lambda: probe(facts, run.config.sample.strategy))},
-        "copying": {"tables": [], **_guarded("copying", lambda: copying(facts, run.config.sample.strategy))},
+        "copying": {"verdict": "", **_guarded("copying", lambda: copying(facts))},
         "router": _guarded("router", lambda: routing(reader)),
         "weights": _guarded("weights", lambda: router_weights(reader)),
         "training": _guarded("training", lambda: training(reader)),

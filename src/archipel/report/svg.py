@@ -58,11 +58,12 @@ def number(value: float, digits: int = 3) -> str:
     if size >= 1e9 or size < 1e-4:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
         return f"{_short(mantissa)} × 10{str(int(power)).translate(_RAISED)}"
-    if size >= 1e6:
-        return f"{_short(f'{value / 1e6:.{digits - 1}f}')} M"
+    unit = " M" if size >= 1e6 else ""
+    if unit:
+        value, size = value / 1e6, size / 1e6
     if size >= 1000:
         return f"{value:,.0f}".replace("-", "−")
-    return _short(f"{value:.{min(5, max(0, digits - 1 - math.floor(math.log10(size))))}f}")
+    return _short(f"{value:.{min(5, max(0, digits - 1 - math.floor(math.log10(size))))}f}") + unit
 
 
 def _short(text: str) -> str:
@@ -309,7 +310,7 @@ def heat_map(
         return Markup("")
     cell = 56 if len(columns) <= 6 else 36 if len(columns) <= 12 else 18
     left, top = 84, 18
-    width, height = left + cell * len(columns) + 8, top + cell * len(rows) + 46
+    width, height = max(left + cell * len(columns) + 8, 280), top + cell * len(rows) + 46
     body = []
     for i, row in enumerate(matrix):
         body.append(_text(left - 8, top + cell * (i + 0.5) + 4, rows[i], "tick", "end"))
