@@ -210,6 +210,8 @@ def test_probe_is_shown_beside_chance_and_controls(scored: tuple[Run, list[dict[
     real, still = shown["table"][0], shown["table"][2]
     assert real["retrieval@1"]["value"] > 3 / 40
     assert real["similarity"]["value"] > still["similarity"]["value"]
+    assert shown["controls"]["static"]["loses"]  # the stand-in networks read every pixel of every frame
+    assert any(note.startswith("the text-video probe tells static clips from real ones") for note in extra["notes"])
 
 
 def test_cluster_shares_sum_to_one_and_stand_beside_the_data(
@@ -366,6 +368,16 @@ def test_an_arm_without_samples_is_noted_and_the_others_scored(tmp_path: Path) -
     extra = store.read_json(stage.extra_path(run))
     assert extra["comparisons"] == []
     assert "arm monolith has no samples" in extra["notes"]
+
+
+def test_reference_holds_used_clips_and_one_of_every_other_group() -> None:
+    groups = [("a", "train"), ("b", "test"), ("b", "test"), ("c", "test"), ("c", "test"), ("c", "test"), ("d", "test")]
+    clips = [Clip(str(i), "", "", "", group, split, 0.0) for i, (group, split) in enumerate(groups)]  # type: ignore[arg-type]
+    found = reading.reference_rows(clips, "test", np.array([2, 6, 2]), seed=0)
+    assert len(found) == 3
+    assert {2, 6} < set(found.tolist())
+    assert {clips[row].group for row in found} == {"b", "c", "d"}
+    assert reading.reference_rows(clips, "test", np.array([1, 2, 3, 6]), 0).tolist() == [1, 2, 3, 6]
 
 
 def test_widths_are_those_of_the_encoders() -> None:

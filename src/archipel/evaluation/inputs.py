@@ -13,7 +13,7 @@ from archipel.cache import open_kind
 from archipel.config import Evaluate
 from archipel.errors import ArchipelError, DamagedError
 from archipel.evaluation import probe
-from archipel.manifest import Clip, read_manifest, rows_of
+from archipel.manifest import Clip, Split, read_manifest, rows_of
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
 
@@ -45,11 +45,12 @@ class Inputs:
     """Everything scores are computed from.
 
     arms: codec, real, then strategies; rows, captions, groups: one per generated clip (N); cluster: of the captions;
-    reference: all real clips of the split (M rows); train: real training clips; text: caption embeddings of all clips.
+    reference: real clips of the split to compare with (M rows, see ``reference_rows``); train: real training clips;
+    text: caption embeddings of all clips; changed: features of static and reversed real clips.
     """
 
     run: Run
-    split: str
+    split: Split
     clips: list[Clip]
     arms: dict[str, Arm]
     rows: np.ndarray
@@ -129,13 +130,30 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
         rows=rows,
         captions=captions,
         prompts=digest,
-        reference=np.array(rows_of(clips, split), np.int64),
+        reference=reference_rows(clips, split, rows, run.config.run.seed),
         train=np.array(rows_of(clips, "train"), np.int64),
         features=cached,
         text=text,
         changed={STATIC: made[STATIC], REVERSED: made[REVERSED]},
         missing=[name for name in names if name not in present],
     )
+
+
+def reference_rows(clips: Sequence[Clip], split: str, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Rows of the real clips that arms are held against: those whose captions were used, and one of every other group.
+
+    Not simply the whole split: captions are taken group by group, and a group of many variants would weigh more in the
+    reference than among the generated clips, which a distance would count as a difference.
+    """
+    used = np.unique(rows)
+    seen = {clips[row].group for row in used}
+    others: dict[str, list[int]] = {}
+    for row, clip in enumerate(clips):
+        if clip.split == split and clip.group not in seen:
+            others.setdefault(clip.group, []).append(row)
+    draw = np.random.Generator(np.random.PCG64([seed, len(clips)]))
+    more = [members[int(draw.integers(len(members)))] for _, members in sorted(others.items())]
+    return np.sort(np.concatenate([used, np.array(more, np.int64)])).astype(np.int64)
 
 
 def _read_prompts(run: Run, clips: list[Clip]) -> tuple[np.ndarray, list[str], str]:
@@ -178,7 +196,7 @@ def _features(
                 for begin in range(0, len(clips), _CHUNK):
                     if stop:
                         raise stop.error("evaluate")
-                    part = np.ascontiguousarray(clips[begin : begin + _CHUNK])
+                    part = np.array(clips[begin : begin + _CHUNK])  # a writable copy, as torch wants
                     parts.append(extract(names, part, config))
                     bar.advance(len(part), name)
                 tensors = {one: np.concatenate([np.asarray(part[one], np.float32) for part in parts]) for one in names}

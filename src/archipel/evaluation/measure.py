@@ -13,12 +13,18 @@ from archipel.evaluation.inputs import EXTRACTORS, LAYER, NETWORK, REAL, REVERSE
 from archipel.evaluation.intervals import Interval
 from archipel.evaluation.motion import motion
 from archipel.evaluation.protocol import Protocol
+from archipel.manifest import rows_of
 
 HALVINGS = 8
 UNITS = 24  # groups are packed into at most so many units for the Frechet jackknife
 FLOOR_HALVINGS = 200
 NEIGHBOURS = 5
 CLIPS_PER_DIMENSION = 3
+
+
+def clean(interval: Interval) -> dict[str, float | None]:
+    """An interval for JSON: what is not finite is null."""
+    return {key: value if np.isfinite(value) else None for key, value in interval.as_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,7 @@ class Score:
 
     def row(self) -> dict[str, Any]:
         """The row of ``scores/<split>.json``; bounds that could not be computed are null."""
-        values = {key: value if np.isfinite(value) else None for key, value in self.interval.as_dict().items()}
-        head = {"arm": self.arm, "metric": self.metric, **values}
+        head = {"arm": self.arm, "metric": self.metric, **clean(self.interval)}
         return {**head, "n": self.n, "groups": self.groups, "protocol": self.protocol.as_dict()}
 
 
@@ -146,7 +151,9 @@ def frechet_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Itera
             continue
         common = (used, frame.groups)
         raw_protocol = frame.protocol("frechet, disjoint halves of groups", extractor, **half)
-        yield Score(name, f"FD-{extractor}", intervals.jackknife(raw), *common, raw_protocol, raw)
+        bounds = intervals.jackknife(raw)
+        bounds = Interval(bounds.value, max(bounds.low, 0.0) if bounds.low == bounds.low else bounds.low, bounds.high)
+        yield Score(name, f"FD-{extractor}", bounds, *common, raw_protocol, raw)
         if name != REAL:
             excess = raw - floor
             facts["uncorrected_excess"].setdefault(extractor, {})[name] = float(excess[0])
@@ -259,7 +266,12 @@ def cluster_scores(frame: Frame, facts: dict[str, Any]) -> Iterator[Score]:
     def data(rows: np.ndarray) -> list[float]:
         return [float((assigned[rows] == k).mean()) if len(rows) else 0.0 for k in range(part.k)]
 
-    tables = {"data_train": data(inputs.train), "data_split": data(inputs.reference), "captions": data(inputs.rows)}
+    whole = np.array(rows_of(inputs.clips, inputs.split), np.int64)
+    tables = {
+        "data_train": data(inputs.train),
+        "data_split": data(whole),
+        "captions": data(inputs.rows),
+    }
     facts["clusters"] = {**tables, "arms": {}}
     extractor = {"efficientnet": EXTRACTORS[0], "transnet": EXTRACTORS[2]}.get(part.features)
     if extractor is None or part.method != "kmeans":
@@ -315,6 +327,7 @@ def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any
         "pool": len(pool),
         "chance": {"retrieval@1": real.chance1, "retrieval@5": real.chance5},
         "table": [_probe_row(frame, name, found, pick) for name, (found, pick) in shown.items()],
+        "controls": {name: _control(frame, name, real.similarity[unique], shown[name]) for name in (STATIC, REVERSED)},
     }
     if not trusted:
         return
@@ -336,12 +349,22 @@ def _withheld(real: probe.Retrieval) -> str:
     )
 
 
+def _control(frame: Frame, name: str, real: np.ndarray, changed: tuple[probe.Retrieval, np.ndarray]) -> dict[str, Any]:
+    """Does the probe lose anything when motion is taken away or turned round? Real less changed, paired."""
+    found, pick = changed
+    gap = intervals.mean_interval(real - found.similarity, frame.group[pick])
+    loses = gap.low > 0
+    tells = "tells" if loses else "cannot be shown to tell"
+    said = f"the text-video probe {tells} {name} clips from real ones: real less {name} is {gap}"
+    return {"difference": clean(gap), "loses": loses, "sentence": said}
+
+
 def _probe_row(frame: Frame, name: str, found: probe.Retrieval, pick: np.ndarray) -> dict[str, Any]:
     group = frame.group[pick]
     return {
         "clips": name,
         "n": len(pick),
-        "similarity": intervals.mean_interval(found.similarity, group).as_dict(),
+        "similarity": clean(intervals.mean_interval(found.similarity, group)),
         "retrieval@1": intervals.share_interval(found.top1, group).as_dict(),
         "retrieval@5": intervals.share_interval(found.top5, group).as_dict(),
     }

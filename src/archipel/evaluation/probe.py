@@ -14,7 +14,7 @@ import numpy as np
 
 from archipel.errors import ArchipelError
 
-PENALTIES = tuple(10.0**power for power in range(-3, 5))
+PENALTIES = tuple(10.0**power for power in range(-6, 4))
 FOLDS = 5
 TIMES_CHANCE = 3.0
 

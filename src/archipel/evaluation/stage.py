@@ -172,6 +172,7 @@ def notes(
     table = facts.get("probe", {})
     if table.get("withheld"):
         said.append(f"text-video probe withheld: {table['reason']}")
+    said += [one["sentence"] for one in table.get("controls", {}).values()]
     said += [f"left out: {one}" for one in facts["left_out"]]
     said += [f"arm {name} has no samples" for name in inputs.missing]
     if not compared:
@@ -195,7 +196,7 @@ def table(run: Run) -> list[dict[str, str]]:
     rows = store.read_json(path)
     cells = {(row["arm"], row["metric"]): _cell(row) for row in rows}
     excess = "excess-FD-" + verdicts.crossing(config)["primary_extractor"]
-    wanted = [config.evaluate.primary, excess, "text-video-probe", "motion", "share-nearer-train"]
+    wanted = [config.evaluate.primary, excess, "text-video-probe", "motion", verdicts.JUDGE]
     metrics = [name for name in dict.fromkeys(wanted) if any(metric == name for _, metric in cells)]
     arms = dict.fromkeys([CODEC, REAL, config.sample.strategy, MONOLITH, *(row["arm"] for row in rows)])
     return [

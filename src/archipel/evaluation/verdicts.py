@@ -9,7 +9,7 @@ from archipel.config import RunConfig
 from archipel.evaluation import intervals
 from archipel.evaluation.inputs import EXTRACTORS, NETWORK, REAL
 from archipel.evaluation.intervals import FEW_GROUPS, Interval
-from archipel.evaluation.measure import Score
+from archipel.evaluation.measure import Score, clean
 from archipel.evaluation.protocol import require_same
 from archipel.run import MONOLITH
 
@@ -55,11 +55,6 @@ def comparisons(scores: Scores, arm: str, primary: str, copied: bool) -> list[di
             }
         )
     return found
-
-
-def clean(interval: Interval) -> dict[str, float | None]:
-    """An interval for JSON: what is not finite is null."""
-    return {key: value if abs(value) < float("inf") else None for key, value in interval.as_dict().items()}
 
 
 def verdict(metric: str, arm: str, gap: Interval, quotient: Interval | None, groups: int, copied: bool) -> str:
