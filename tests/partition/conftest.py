@@ -26,7 +26,9 @@ def fill_run(
 ) -> Run:
     """values (N, D) are the features, with the group of each row; every other cache entry is made from the row number."""
     n = len(values)
-    run = Run.create(root, configuration.build({"partition": partition, "evaluate": {"arms": ["top1"], "primary": "KID-clips"}}))
+    run = Run.create(
+        root, configuration.build({"partition": partition, "evaluate": {"arms": ["top1"], "primary": "KID-clips"}})
+    )
     splits = splits or [split_of(group) for group in groups]
     clips = [
         Clip(f"{row:016x}", f"{row:064x}", f"{row}.webp", f"caption {row}", f"group {groups[row]}", splits[row], 0.1)  # type: ignore[arg-type]

@@ -184,3 +184,14 @@ def test_says_which_stage_is_missing(make_run: Make) -> None:
     (run.clips / "card.json").unlink()
     with pytest.raises(MissingStageError, match="archipel prepare"):
         partition(run)
+
+
+@pytest.mark.parametrize("settings", [{}, {"balanced": True}, {"method": "random"}])
+def test_one_cluster_is_everything(make_run: Make, make_blobs: Make, settings: dict[str, Any]) -> None:
+    features, groups, _ = make_blobs([6, 6], per_group=1)
+    run = make_run(features, groups, k=1, **settings)
+    partition(run)
+    assert not load_assignment(run).any()
+    assert store.read_json(run.partition / "quality.json")["silhouette"] is None
+    whole, only = (store.map_tensors(run.shard(name) / "train.safetensors") for name in ("monolith", "0"))
+    assert all(np.array_equal(whole[key], only[key]) for key in whole)

@@ -151,3 +151,12 @@ def test_measured_quality_holds_the_prior_both_branches_and_confusion() -> None:
     assert np.sum(found["confusion"]["with_text"], axis=1).tolist() == (np.bincount(labels, minlength=3) * 4).tolist()
     assert [row["t"] for row in text["bins"]] == [0.125, 0.375, 0.625, 0.875]
     assert found["groups"] == 300
+
+
+def test_one_expert_is_certain_and_needs_no_temperature() -> None:
+    draws = draws_of(np.random.default_rng(0).normal(size=(20, 1)), np.zeros(20, np.int64))
+    fitted = calibration.fit(draws, np.ones(1))
+    np.testing.assert_allclose(fitted.temperatures, 1.0, rtol=0.01)
+    found = quality.measure(draws, np.ones(1), [str(i) for i in range(20)], fitted)
+    assert found["with_text"]["accuracy"] == 1.0
+    assert found["with_text"]["cross_entropy"] == pytest.approx(0.0, abs=1e-12)

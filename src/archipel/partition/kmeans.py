@@ -1,6 +1,6 @@
 """Fine-to-coarse spherical k-means over content groups.
 
-McAllister et al., Decentralized Diffusion Models, arXiv 2501.05450, section 4.1 (after MoDE): features -> many fine
+McAllister et al., Decentralized Diffusion Models, arXiv 2501.05450 (method.md 2.2, after MoDE): features -> many fine
 centroids -> consolidation to K coarse centroids -> everything to its nearest coarse centroid. Two things are ours.
 The points are content groups, each the mean of its clips, weighted by how many clips it has: over points on the
 sphere that is the same objective as k-means over clips with the constraint that a group stays whole. And features

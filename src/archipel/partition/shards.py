@@ -92,7 +92,9 @@ def _write_shard(
         if name != MONOLITH:
             rows = rows[cluster[rows] == int(name)]
         counts[split] = len(rows)
-        write_rows(folder / f"{split}.safetensors", tensors, rows, {"cluster": cluster[rows], "row": rows})
+        # Further windows of a clip are for training only: validation is one number per clip, whatever they are.
+        more = {"phases": latents["phases"]} if split == "train" and "phases" in latents.names else {}
+        write_rows(folder / f"{split}.safetensors", tensors | more, rows, {"cluster": cluster[rows], "row": rows})
     train = cluster[rows_of(list(clips), "train")]
     fields: dict[str, Any] = (
         {"prior": (np.bincount(train, minlength=k) / max(len(train), 1)).tolist()} if name == MONOLITH else {}

@@ -46,7 +46,7 @@ def shift_prior(logits: np.ndarray, prior: np.ndarray, trained: np.ndarray) -> n
     """Logits (..., K) of a router that was trained on cluster shares ``trained`` (K,), for shares ``prior`` (K,).
 
     Adds log(pi_k / pi'_k): exact for a Bayes-optimal router, since p'(k | x) is proportional to pi'_k p(x | k).
-    Saerens et al. 2002, eq. 2.4; method.md 8.6. Our own batches follow the data, so the correction is zero there.
+    Saerens et al. 2002, section 2.2; method.md 8.6. Our own batches follow the data, so the correction is zero there.
     """
     return np.asarray(logits, np.float64) + np.log(np.asarray(prior, np.float64) / np.asarray(trained, np.float64))
 
