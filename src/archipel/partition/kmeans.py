@@ -2,8 +2,8 @@
 
 McAllister et al., Decentralized Diffusion Models, arXiv 2501.05450 (method.md 2.2, after MoDE): features -> many fine
 centroids -> consolidation to K coarse centroids -> everything to its nearest coarse centroid. Two things are ours.
-The points are content groups, each the mean of its clips, weighted by how many clips it has: over points on the
-sphere that is the same objective as k-means over clips with the constraint that a group stays whole. And features
+The points are content groups, each the mean direction of its clips, weighted by how many clips it has: k-means over
+clips under the constraint that a group stays whole (exactly so where the clips of a group agree). And features
 are centred on the training clips and scaled to unit length, so that "nearest" is by cosine, no cluster can draw
 everything towards it by having a short centroid, and a feature with a large common offset does not hide the rest.
 
