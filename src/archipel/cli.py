@@ -377,8 +377,8 @@ def _stop_with_parent() -> None:
     import threading
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
-            pass
+        while os.read(0, 1):  # unbuffered: a thread inside a buffered read breaks the interpreter's end
+            continue
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="stop-with-parent").start()

@@ -72,7 +72,9 @@ def check_groups(run: Run, clips: list[Clip]) -> None:
 
 def _source(run: Run, clips: list[Clip], pixels: cache.Entry) -> dict[str, Any]:
     """What every entry depends on: which bytes, in which order, and how the window was cut out of them and resized."""
-    window = run.config.clips.model_dump(mode="json", include={"frames", "fps", "start", "size", "crop", "background"})
+    window = run.config.clips.model_dump(
+        mode="json", include={"frames", "fps", "start", "size", "crop", "background", "phases"}
+    )
     return {
         "clips": store.sha256_json([clip.sha256 for clip in clips]),
         "window": window,
@@ -127,7 +129,7 @@ def _codec_is(run: Run, spec: Mapping[str, Any]) -> bool:
 
 
 def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
-    """latents float32 (N, C, T, H, W)."""
+    """latents float32 (N, C, T, H, W), and phases (N, P - 1, C, T, H, W) where clips have further windows."""
     card = store.read_card(run.codec, "codec")
     assert card is not None  # fit_codec has just seen to it
     encoder = {"name": card["codec"]["name"], "weights": card["files"]["model.safetensors"]["sha256"]}
@@ -141,7 +143,12 @@ def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: Sto
         if not held:
             held.append((codecs.load_codec(run.codec), pixels["clips"]))
         codec, rows = held[0]
-        return {"latents": codec.encode(codecs.from_uint8(rows[begin:end])).numpy()}
+        made = {"latents": codec.encode(codecs.from_uint8(rows[begin:end])).numpy()}
+        if "phases" in pixels.names:
+            more = pixels["phases"][begin:end]  # (B, P - 1, F, H, W, 3)
+            encoded = codec.encode(codecs.from_uint8(more.reshape(-1, *more.shape[2:]))).numpy()
+            made["phases"] = encoded.reshape(*more.shape[:2], *encoded.shape[1:])
+        return made
 
     return cache.build(
         run.cache, "latents", spec, pixels.rows, make, run_id=run.id, label="prepare: latents", stop=stop

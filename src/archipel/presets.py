@@ -13,36 +13,48 @@ from archipel.errors import ConfigError
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on two cores: to see the whole flow, and for tests. Not for quality.
     "tiny": {
-        "clips": {"count": 96, "size": 16, "frames": 4, "fps": 4.0},
+        "clips": {"count": 96, "size": 16, "frames": 4},
         "codec": {"patch": [2, 4, 4], "channels": 48},
         "text": {"tokens": 12},
         "partition": {"k": 2, "fine": 12},
         "expert": {
-            "width": 48,
+            "width": 64,
             "heads": 2,
-            "rope_axes": [8, 8, 8],
             "double_blocks": 1,
-            "single_blocks": 1,
-            "steps": 120,
+            "single_blocks": 2,
+            "steps": 150,
             "batch": 8,
-            "validate_every": 40,
-            "checkpoint_every": 40,
+            "validate_every": 50,
+            "checkpoint_every": 50,
         },
         "router": {
             "width": 24,
             "heads": 1,
-            "rope_axes": [8, 8, 8],
             "blocks": 1,
-            "steps": 60,
-            "batch": 8,
-            "validate_every": 30,
-            "checkpoint_every": 30,
+            "steps": 80,
+            "batch": 16,
+            "validate_every": 20,
+            "checkpoint_every": 40,
         },
-        "sample": {"steps": 8},
-        "evaluate": {"count": 12, "frames": 2, "image_size": 64, "pca": 8},
+        "sample": {"steps": 10},
+        "evaluate": {"count": 16, "frames": 2, "image_size": 64, "pca": 8},
     },
-    "demo": {},
-    "long": {},
+    # At most 12 minutes on two cores, one emoji package.
+    "demo": {
+        "clips": {"source": "fluent-emoji", "packages": [3], "min_motion": 0.001},
+        "expert": {"steps": 1100, "batch": 8, "lr": 4e-3},
+        "router": {"steps": 500, "batch": 24},
+        "sample": {"guidance": 2.5},
+        "evaluate": {"count": 96},
+    },
+    # Hours on two cores, all four packages.
+    "long": {
+        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001},
+        "expert": {"width": 192, "heads": 6, "steps": 4000, "batch": 8, "lr": 3e-3},
+        "router": {"steps": 1000, "batch": 24},
+        "sample": {"guidance": 2.5},
+        "evaluate": {"count": 192},
+    },
 }
 
 

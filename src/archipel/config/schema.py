@@ -47,6 +47,12 @@ class Clips(Section):
     frames: int = Field(8, ge=1, le=1024, description="Frames of a clip.")
     fps: float = Field(4.0, gt=0, le=240, description="Frames per second of a clip; source frames are picked by time.")
     start: float = Field(0.0, ge=0, description="Where the window starts in the source, in seconds.")
+    phases: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Windows per clip for training, shifted evenly around the loop (augmentation of every arm; other videos have one).",
+    )
     size: int = Field(32, ge=8, le=2048, description="Height and width of a clip in pixels.")
     crop: Literal["center", "pad", "stretch"] = Field(
         "center", description="How a frame becomes square: cut, padded with `background`, or stretched."

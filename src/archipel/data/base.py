@@ -58,7 +58,8 @@ class Window:
     """Which frames of a source become a clip, and how they become square.
 
     frames F at fps (both > 0), from ``start`` seconds; size H = W in pixels; crop center, pad or stretch;
-    background (red, green, blue) in 0..255.
+    background (red, green, blue) in 0..255. ``phases`` P > 1 asks for P windows, shifted evenly around the loop: a
+    decoder then gives P * F frames, window after window (what does not loop gives its one window P times).
     """
 
     frames: int
@@ -67,12 +68,13 @@ class Window:
     size: int
     crop: str
     background: tuple[int, int, int]
+    phases: int = 1
 
     @classmethod
     def from_config(cls, clips: Clips) -> Window:
         colour = clips.background.lstrip("#")
         red, green, blue = (int(colour[i : i + 2], 16) for i in (0, 2, 4))
-        return cls(clips.frames, clips.fps, clips.start, clips.size, clips.crop, (red, green, blue))
+        return cls(clips.frames, clips.fps, clips.start, clips.size, clips.crop, (red, green, blue), clips.phases)
 
     def times(self) -> list[Fraction]:
         """The F times in seconds, exact: start + i / fps."""
@@ -98,7 +100,7 @@ class Source(Protocol):
         ...
 
     def decode(self, item: Item, data: bytes, window: Window) -> np.ndarray:
-        """uint8 (F, H, W, 3). Raises Rejected. Safe to call from several threads."""
+        """uint8 (P * F, H, W, 3). Raises Rejected. Safe to call from several threads."""
         ...
 
     def provenance(self) -> dict[str, Any]:

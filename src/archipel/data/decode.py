@@ -30,14 +30,14 @@ _SHORTEST, _UNSET = Fraction(10, 1000), Fraction(100, 1000)
 
 
 def decode_clip(data: bytes, window: Window) -> np.ndarray:
-    """uint8 (F, H, W, 3). Raises Rejected with a reason that depends on bytes and window only."""
+    """uint8 (P * F, H, W, 3). Raises Rejected with a reason that depends on bytes and window only."""
     kind = kind_of(data)
     check_whole(data, kind)
     try:
         if kind in PILLOW_KINDS:
-            frames = _decode_loop(data, window)
+            frames = _decode_loop(data, window) if window.phases == 1 else _decode_phases(data, window)
         else:
-            frames = _decode_video(data, AV_FORMATS[kind], window)
+            frames = _decode_video(data, AV_FORMATS[kind], window) * window.phases
     except Rejected:
         raise
     except Exception as error:  # decoders raise anything at all on hostile bytes; messages hold addresses, so: the name
@@ -103,6 +103,33 @@ def _decode_loop(data: bytes, window: Window) -> list[np.ndarray]:
     if len(found) < len(wanted):
         found |= _take(data, {i: t % length for i, t in wanted.items() if i not in found}, window)[0]
     return [found[i] for i in sorted(found)]
+
+
+def _decode_phases(data: bytes, window: Window) -> list[np.ndarray]:
+    """P windows of F frames, shifted by P-ths of the loop. The loop's length is known only after its last frame."""
+    length = _length(data)
+    shifts = [Fraction(phase, window.phases) * length for phase in range(window.phases)]
+    times = [(t + shift + _SLACK) % length for shift in shifts for t in window.times()]
+    found, _ = _take(data, dict(enumerate(times)), window)
+    return [found[i] for i in sorted(found)]
+
+
+def _length(data: bytes) -> Fraction:
+    """How long a loop is, in seconds."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=["WEBP", "GIF", "PNG"]) as image:
+            _check_size(*image.size)
+            length = Fraction(0)
+            for number in _frame_numbers(image):
+                image.seek(number)
+                image.load()
+                length += _duration(image)
+    if length == 0:
+        raise Rejected("no frames: the animation is empty")
+    return length
 
 
 def _take(data: bytes, wanted: dict[int, Fraction], window: Window) -> tuple[dict[int, np.ndarray], Fraction]:

@@ -204,10 +204,11 @@ def recipes(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def draw(recipe: dict[str, Any], window: Window) -> np.ndarray:
-    """uint8 (F, H, W, 3): the recipe's clip at the window's times, antialiased by supersampling."""
+    """uint8 (P * F, H, W, 3): the recipe's clip at the times of the window's phases, antialiased by supersampling."""
     size = window.size
     fine = 3 if size <= 128 else 2
-    u = np.array([float(t) for t in window.times()], np.float64) / PERIOD + recipe["phase"]
+    once = np.array([float(t) for t in window.times()], np.float64) / PERIOD + recipe["phase"]
+    u = np.concatenate([once + phase / window.phases for phase in range(window.phases)])
     pose = Pose(u, recipe["radius"], _FOOT[recipe["shape"]])
     MOTIONS[recipe["motion"]](pose, u)
     pose.x = pose.x + recipe["offset"][0]

@@ -153,10 +153,13 @@ def _decode_all(
                 continue
             kept.append(outcome)
             rows.append(begin + row)
-            motions.append(motion_of(outcome))
-        shape = (len(kept), window.frames, window.size, window.size, 3)
+            motions.append(motion_of(outcome[: window.frames]))
+        shape = (len(kept), window.phases, window.frames, window.size, window.size, 3)
+        windows = (np.stack(kept) if kept else np.zeros(shape, np.uint8)).reshape(shape)
+        more = {"phases": windows[:, 1:]} if window.phases > 1 else {}
         return {
-            "clips": np.stack(kept) if kept else np.zeros(shape, np.uint8),
+            "clips": windows[:, 0],
+            **more,
             "item": np.array(rows, np.int64),
             "motion": np.array(motions, np.float32),
         }
@@ -199,7 +202,7 @@ def _outcomes(
             clip = source.decode(candidate.item, data, window)
         except Rejected as rejection:
             return rejection.reason
-        motion = motion_of(clip)
+        motion = motion_of(clip[: window.frames])
         if motion < min_motion:
             return f"static: motion {motion:.4f} is below {min_motion:g}"
         return clip

@@ -18,6 +18,7 @@ TIME = 2
 DROPOUT = 3
 ROUTE = 4
 CHOICE = 5
+PHASE = 6
 
 
 def generator(seed: int, purpose: int, step: int = 0, item: int = 0) -> np.random.Generator:

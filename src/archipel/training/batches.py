@@ -47,13 +47,19 @@ class Clips:
     """One split of a shard, memory-mapped: ``take(rows)`` reads nothing but those rows."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._arrays = path, store.map_tensors(path)
+        # Plain views of the maps: every slice of a numpy.memmap costs microseconds that a step feels.
+        self.path, self._arrays = path, {name: np.asarray(array) for name, array in store.map_tensors(path).items()}
         for name in (*_SHAPES, *_NUMBERS):
             array = self._arrays.get(name)
             dtype, axes = _SHAPES.get(name, (np.int64, 1))
             if array is None or array.dtype != dtype or array.ndim != axes or len(array) != len(self):
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise DamagedError(f"{path}: {name} is {found}, expected {np.dtype(dtype)} with {axes} axes")
+        phases = self._arrays.get("phases")
+        if phases is not None:
+            wanted = (len(self), phases.shape[1] if phases.ndim > 1 else 0, *self.latent_shape)
+            if phases.dtype != np.float32 or phases.shape != wanted:
+                raise DamagedError(f"{path}: phases are {phases.dtype} {phases.shape}, expected float32 {wanted}")
 
     def __len__(self) -> int:
         return len(self._arrays["latents"]) if "latents" in self._arrays else 0
@@ -72,9 +78,21 @@ class Clips:
         """Manifest rows of shard rows: what noise belongs to, in whichever shard the clip is seen."""
         return [int(item) for item in self._arrays["row"][rows]]
 
+    @property
+    def phases(self) -> int:
+        """Windows per clip, P: 1 and the further ones of ``phases`` (N, P - 1, C, T, H, W)."""
+        return 1 + (self._arrays["phases"].shape[1] if "phases" in self._arrays else 0)
+
+    def windows(self, rows: np.ndarray, phase: np.ndarray) -> Tensor:
+        """Latents (B, C, T, H, W) of the rows at windows ``phase`` (B,) in [0, P)."""
+        latents = np.array(self._arrays["latents"][rows])
+        for place in np.flatnonzero(phase):
+            latents[place] = self._arrays["phases"][rows[place], phase[place] - 1]
+        return torch.from_numpy(latents)
+
     def take(self, rows: np.ndarray, device: str = "cpu") -> tuple[Tensor, Conditioning, Tensor]:
         """Latents (B, C, T, H, W), conditioning and cluster (B,) of the rows, as fresh tensors."""
-        got = {name: torch.from_numpy(np.array(self._arrays[name][rows])) for name in (*_SHAPES, "cluster")}
+        got = {name: torch.from_numpy(self._arrays[name][rows]) for name in (*_SHAPES, "cluster")}
         cond = Conditioning(got["tokens"], got["mask"], got["pooled"])
         return got["latents"].to(device), cond.to(device), got["cluster"].to(device)
 
@@ -117,10 +135,14 @@ def numbered(items: Sequence[int]) -> list[int]:
 def training_batch(
     clips: Clips, seed: int, step: int, size: int, *, shift: float, text_dropout: float, device: str = "cpu"
 ) -> Batch:
-    """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together."""
+    """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together; of a clip's
+    windows each is drawn alike."""
     rows = batch_rows(seed, step, size, len(clips))
     items = numbered(clips.items(rows))
     x0, cond, cluster = clips.take(rows, device)
+    if clips.phases > 1:
+        phase = draws.uniforms(seed, items, step=step, purpose=draws.PHASE) * clips.phases
+        x0 = clips.windows(rows, phase.astype(np.int64)).to(device)
     t = item_times(seed, step, items, shift).to(device)
     noise = torch.from_numpy(draws.normals(seed, items, clips.latent_shape, step=step)).to(device)
     if text_dropout:
