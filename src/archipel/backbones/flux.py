@@ -83,7 +83,7 @@ def build_expert(
     """
     part = config.expert
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU one only
         network = FluxTransformer2DModel(
             patch_size=1,
             in_channels=latent_shape[0],

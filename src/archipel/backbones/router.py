@@ -56,7 +56,7 @@ def build_router(
     """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform."""
     part = config.router
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU one only
         network = FluxTransformer2DModel(
             patch_size=1,
             in_channels=latent_shape[0],

