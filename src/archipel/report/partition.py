@@ -23,7 +23,7 @@ def _facts(quality: Any) -> list[tuple[str, str]]:
     if agreement is not None:
         low = finite(mapping(stability).get("min"))
         text = number(agreement) + (f" (lowest {number(low)})" if low is not None else "")
-        facts.append(("agreement with other seeds (adjusted Rand, 1 = the same)", text))
+        facts.append(("agreement over seeds (adjusted Rand)", text))
     fine = mapping(quality.get("fine"))
     if finite(fine.get("centroids")) is not None:
         facts.append(("fine centroids", f"{fine['centroids']} (asked for {fine.get('asked', '–')})"))

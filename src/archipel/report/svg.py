@@ -138,8 +138,8 @@ def _text(x: float, y: float, value: object, css: str = "", anchor: str = "start
 def _wrap(body: Sequence[str], label: str, width: float, height: float, css: str = "") -> Markup:
     from markupsafe import Markup, escape
 
-    # A square chart keeps its own size; the others grow with their column.
-    own = f' width="{width:g}"' if css == "square" else ""
+    # A square chart keeps its own size, a strip is stretched; the others grow with their column.
+    own = {"square": f' width="{width:g}"', "strip": ' preserveAspectRatio="none"'}.get(css, "")
     return Markup(
         f'<svg class="chart {css}"{own} viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
