@@ -15,6 +15,7 @@ true, read ``cpu``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -37,6 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 from archipel import config, store  # noqa: E402
 from archipel.backbones import flops  # noqa: E402
 from archipel.backbones.flux import build_expert  # noqa: E402
+from archipel.errors import Stopped  # noqa: E402
 from archipel.progress import StopFlag  # noqa: E402
 from archipel.training.batches import Batch, open_shard  # noqa: E402
 from archipel.training.ema import decay, weight  # noqa: E402
@@ -90,6 +92,18 @@ class Bare:
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, weight(self.beta, self.step))
         return loss.item()
+
+
+class After(StopFlag):
+    """Stops a training after so many steps, as --for does after a time."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def __bool__(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
 
 
 def clocks() -> tuple[float, float]:
@@ -161,7 +175,7 @@ def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def measure(folder: Path, steps: int, batch: int) -> dict[str, Any]:
-    settings = config.build({"expert": {"batch": batch, "steps": steps + WARM + 1}})
+    settings = config.build({"expert": {"batch": batch, "steps": 1000, "warmup": 20}})
     make_shard(folder / "shard", settings)
     latent = flops.latent_shape(settings)
     model = build_expert(settings, latent, *flops.text_shape(settings), seed=0)
@@ -172,16 +186,15 @@ def measure(folder: Path, steps: int, batch: int) -> dict[str, Any]:
     ).float()
     bare = Bare(model.network, plan, ids)
     objective.start(bare)
-    with StopFlag() as stop:
-        fit(objective, plan, folder / "job", stop, run_id="bench", label="bench")
+    with contextlib.suppress(Stopped):
+        fit(objective, plan, folder / "job", After(steps + WARM + 1), run_id="bench", label="bench")
     worst = max(abs(a - b) / abs(b) for a, b in objective.losses)
-    finals = zip(model.network.parameters(), bare.average, strict=True)
+    finals = zip(model.network.parameters(), bare.parameters, strict=True)
     drift = max(float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in finals)
     if worst > TOLERANCE or drift > 1e-2:
         sys.exit(f"the two loops differ (losses by {worst:.2e}, final weights by {drift:.2e}): nothing is reported")
-    last = [*range(plan.validate_every, plan.steps + 1, plan.validate_every), plan.steps]
-    saving = {*last, *range(plan.checkpoint_every, plan.steps + 1, plan.checkpoint_every)}
-    plain = [s for s in range(WARM, len(objective.ours)) if s + 1 not in saving]
+    apart = (plan.validate_every, plan.checkpoint_every)
+    plain = [s for s in range(WARM, len(objective.ours)) if all((s + 1) % every for every in apart)]
     return {
         **{
             clock: compare([objective.ours[s][which] for s in plain], [objective.theirs[s][which] for s in plain])
