@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+# Small tensors on a crowded machine: one thread is many times faster than two that wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -23,6 +23,8 @@ app = typer.Typer(
 cache_app = typer.Typer(name="cache", help="The user's cache folder: downloaded clips.", no_args_is_help=True)
 app.add_typer(cache_app)
 
+_BATCH = 16  # clips generated at a time
+
 RunPath = Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example expert.steps=2000; repeatable.")
@@ -270,16 +272,26 @@ def generate(
         return
     folder, prompt = _run_and_prompt(words, run)
     opened = pipeline.open_run(folder)
-    from archipel.ensemble.pipeline import Archipelago
-    from archipel.ensemble.video import write_clips
+    from archipel.ensemble.video import check_name, write_clips
+    from archipel.progress import Progress
 
-    clips = Archipelago.load(opened.root).generate(
-        [prompt] * count,
-        strategy=strategy,
-        guidance=guidance,
-        steps=steps,
-        seeds=[seed + i for i in range(count)],
-    )
+    check_name(output)  # before minutes of sampling, not after
+    from archipel.ensemble.pipeline import Archipelago
+
+    archipelago = Archipelago.load(opened.root)
+    batches = -(-count // _BATCH)
+    with Progress("generate", batches * (steps or opened.config.sample.steps)) as bar:
+        clips = archipelago.generate(
+            [prompt] * count,
+            strategy=strategy,
+            guidance=guidance,
+            steps=steps,
+            seeds=[seed + i for i in range(count)],
+            batch=_BATCH,
+            on_step=lambda *_: bar.advance(),
+        )
+    for warning in clips.warnings:
+        say(f"note: {warning}")
     for path in write_clips(output, clips.clips, clips.fps, scale=scale):
         print(path)
 

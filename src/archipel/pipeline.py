@@ -40,6 +40,7 @@ def resolve(
     Raises ConfigError (naming key, value and the nearest right one) and ArchipelError for a source that is not there.
     """
     from archipel.data import count_items
+    from archipel.evaluation.stage import check_primary
     from archipel.training import budget
 
     values = presets.values(preset) if preset else {}
@@ -56,6 +57,7 @@ def resolve(
     values = configuration.merge(values, configuration.parse_sets(sets))
     values = presets.fit_rope(values)
     config = configuration.build(values, "the settings")
+    check_primary(config.evaluate.primary)
     count = count_items(config.clips)
     if count is not None:
         configuration.check_count(config, min(count, config.clips.count or count))
@@ -170,12 +172,11 @@ def evaluate(run: Run, stop: StopFlag | None = None) -> None:
 
 
 def report(run: Run) -> Path:
+    """Write the page, after bringing the ledger up to date with the cards."""
     from archipel.report import report as stage
+    from archipel.training.budget import write_ledger
 
-    with contextlib.suppress(Exception):
-        from archipel.training.budget import write_ledger
-
-        write_ledger(run)
+    write_ledger(run)
     return stage(run)
 
 

@@ -39,21 +39,49 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample": {"steps": 10},
         "evaluate": {"count": 16, "frames": 2, "image_size": 64, "pca": 8},
     },
-    # At most 12 minutes on two cores, one emoji package.
+    # At most 12 minutes on two cores, one emoji package. docs/log.md has the measurements behind the numbers.
     "demo": {
-        "clips": {"source": "fluent-emoji", "packages": [3], "min_motion": 0.001},
-        "expert": {"steps": 1100, "batch": 8, "lr": 4e-3},
+        "clips": {"source": "fluent-emoji", "packages": [3], "min_motion": 0.001, "phases": 3},
+        "codec": {"channels": 64},
+        "text": {"tokens": 12},
+        "partition": {"balanced": True},
+        "expert": {"steps": 1000, "batch": 8, "lr": 4e-3},
         "router": {"steps": 500, "batch": 24},
-        "sample": {"guidance": 2.5},
-        "evaluate": {"count": 96},
+        "sample": {"steps": 12},
+        "evaluate": {"count": 94},
     },
     # Hours on two cores, all four packages.
     "long": {
-        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001},
-        "expert": {"width": 192, "heads": 6, "steps": 4000, "batch": 8, "lr": 3e-3},
-        "router": {"steps": 1000, "batch": 24},
-        "sample": {"guidance": 2.5},
-        "evaluate": {"count": 192},
+        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001, "phases": 3},
+        "expert": {"width": 192, "heads": 6, "single_blocks": 4, "steps": 2400, "batch": 16, "lr": 3e-3},
+        "router": {"steps": 1000, "batch": 48},
+        "evaluate": {"count": 224, "frames": 8},
+    },
+    # Minutes on one GPU, all four packages at 64x64 and 16 frames.
+    "gpu": {
+        "clips": {
+            "source": "fluent-emoji",
+            "packages": [1, 2, 3, 4],
+            "frames": 16,
+            "fps": 8.0,
+            "size": 64,
+            "min_motion": 0.001,
+            "phases": 6,
+        },
+        "codec": {"channels": 96},
+        "expert": {
+            "width": 384,
+            "heads": 6,
+            "double_blocks": 2,
+            "single_blocks": 8,
+            "steps": 20000,
+            "batch": 32,
+            "lr": 1e-3,
+            "validate_every": 500,
+            "checkpoint_every": 500,
+        },
+        "router": {"width": 128, "heads": 4, "blocks": 2, "steps": 4000, "batch": 96},
+        "evaluate": {"count": 224, "frames": 8, "image_size": 224},
     },
 }
 

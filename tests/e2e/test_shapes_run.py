@@ -165,7 +165,9 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_killed_runs_continue_to_the_same_bits(finished: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_interrupted_and_killed_runs_continue_to_the_same_bits(
+    finished: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     """Stop `archipel run` in the middle of training, by Ctrl-C or kill -9 of the parent: started again, same weights."""
     run = copy_of(finished, tmp_path / "run")
     for made in ("experts", "router", "samples", "scores", "report", "ledger.json"):

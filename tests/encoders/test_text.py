@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from archipel.config import Text
-from archipel.encoders.text import MiniLM, open_text
+from archipel.encoders.text import POOLED_SCALE, MiniLM, open_text
 from archipel.errors import ArchipelError
 
 CAPTIONS = ["a red ball moves", "grinning face", "", "Ünïcode: 红色的球 🎈", "a dog's tail, wagging -- twice!"]
@@ -25,12 +25,12 @@ def test_shapes_masks_and_zero_padding(encoder: MiniLM) -> None:
     assert torch.equal(condition.tokens.abs().sum(-1) > 0, condition.mask)
     assert bool((condition.mask.long().diff(dim=1) <= 0).all())  # real tokens first
     assert condition.mask.sum(1).tolist()[:3] == [6, 4, 2]  # [CLS] words [SEP]; the empty caption keeps both
-    assert torch.allclose(condition.pooled.norm(dim=1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(condition.pooled.norm(dim=1) / POOLED_SCALE, torch.ones(5), atol=1e-5)
 
 
 def test_the_empty_caption_is_not_the_null_text(encoder: MiniLM) -> None:
     empty = encoder.encode([""])
-    assert int(empty.mask.sum()) == 2 and float(empty.pooled.norm()) > 0.99
+    assert int(empty.mask.sum()) == 2 and float(empty.pooled.norm()) > 0.99 * POOLED_SCALE
     assert not torch.equal(empty.pooled, empty.null().pooled)
     assert torch.equal(empty.pooled, encoder.encode(["  "]).pooled)
 
@@ -82,4 +82,4 @@ def test_pooled_vectors_are_those_of_sentence_transformers(encoder: MiniLM) -> N
 
     theirs = SentenceTransformer(str(weights_file("minilm").parent), device="cpu", local_files_only=True)
     expected = torch.from_numpy(theirs.encode(CAPTIONS))
-    assert torch.allclose(encoder.encode(CAPTIONS).pooled, expected, atol=1e-5)
+    assert torch.allclose(encoder.encode(CAPTIONS).pooled / POOLED_SCALE, expected, atol=1e-5)

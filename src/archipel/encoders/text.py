@@ -1,7 +1,8 @@
 """Captions -> tokens, mask and pooled vector, by the packaged MiniLM (all-MiniLM-L6-v2, 384 wide, 6 layers).
 
 The pooled vector is the sentence embedding of Reimers and Gurevych (Sentence-BERT, 2019) as that model was trained:
-mean of the last hidden states over real tokens, divided by its length.
+mean of the last hidden states over real tokens, divided by its length. Tokens and pooled vectors are then scaled to
+about unit variance: a unit vector of 384 numbers is so small beside the time embedding that a short training ignores it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from archipel.encoders.weights import weights_file
 from archipel.errors import ArchipelError
 
 _AT_ONCE = 64
+TOKEN_SCALE = 2.5  # one over the standard deviation of MiniLM's last hidden states, measured on emoji names
+POOLED_SCALE = 384**0.5  # a unit vector of 384 numbers -> unit variance
 
 
 class MiniLM:
@@ -75,7 +78,8 @@ class MiniLM:
         hidden: Tensor = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
         tokens = hidden * mask[:, :, None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True)
-        return Conditioning(tokens, mask.bool(), torch.nn.functional.normalize(mean, dim=1))
+        pooled = torch.nn.functional.normalize(mean, dim=1) * POOLED_SCALE
+        return Conditioning(tokens * TOKEN_SCALE, mask.bool(), pooled)
 
 
 def _readable(captions: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from archipel import store
 from archipel.errors import ArchipelError
 
 # Raised whenever an adapter's numbers change: part of every cache key.
-TEXT_CODE = 1
+TEXT_CODE = 2
 FEATURES_CODE = 1
 CODEC_CODE = 1
 
