@@ -54,6 +54,7 @@ def _common(
     level = getattr(logging, log_level.upper(), None)
     if not isinstance(level, int):
         raise ArchipelError(f"--log-level {log_level!r} is not one of debug, info, warning, error")
+    logging.raiseExceptions = False  # a log on a full disk must not print tracebacks; the stage itself will say so
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(level)
@@ -76,7 +77,7 @@ def _resolve(source: str | None, preset: str, data: str, sets: list[str] | None)
 def init(
     run: RunPath,
     source: Annotated[str | None, typer.Option(help="fluent-emoji, shapes, folder, webdataset or huggingface.")] = None,
-    preset: Annotated[str, typer.Option(help="tiny, demo or long: a scale of work.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, demo, long or gpu: a scale of work.")] = "",
     data: Annotated[str, typer.Option(help="Folder, tar pattern or data set of the source.")] = "",
     sets: Sets = None,
 ) -> None:
@@ -162,13 +163,13 @@ def run_(
     """Do everything that is missing, in order."""
     from archipel import pipeline
 
-    _run_all(pipeline.open_run(run, sets or []))
+    _run_all(pipeline.open_run(run, sets or []), threads)
 
 
-def _run_all(opened: Any) -> None:
+def _run_all(opened: Any, threads: int | None = None) -> None:
     from archipel import pipeline
 
-    page = pipeline.run_all(opened)
+    page = pipeline.run_all(opened, threads=threads)
     _print_table(opened)
     say(f"report: {page}")
 
@@ -177,15 +178,15 @@ def _run_all(opened: Any) -> None:
 def demo(
     run: Annotated[Path, typer.Argument(help="Where to put the demo's run.")] = Path("demo"),
     source: Annotated[
-        str, typer.Option(help="fluent-emoji (downloads 190 MB once) or shapes (no network).")
-    ] = "fluent-emoji",
+        str | None, typer.Option(help="fluent-emoji (the default; downloads 190 MB once) or shapes (no network).")
+    ] = None,
 ) -> None:
     """The main job in minutes: real clips, three experts, a monolith, a router, samples, scores, a report."""
     from archipel import pipeline
 
     if not (run / "run.toml").exists():
-        init(run, source=source, preset="demo")
-    _run_all(pipeline.open_run(run))
+        init(run, source=source or "fluent-emoji", preset="demo")
+    _run_all(pipeline.open_run(run, [f"clips.source={source}"] if source else []))
 
 
 @app.command()
@@ -203,9 +204,11 @@ def status(
         print(json.dumps(found, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("stage", "state", "", title=f"run {found['run'][:12]} in {found['root']}", title_justify="left")
+    title = f"run {found['run'][:12]} in {escape(found['root'])}"
+    table = Table("stage", "state", "", title=title, title_justify="left")
     for stage in found["stages"]:
         table.add_row(stage["name"], stage["state"], stage["detail"])
     jobs = Table("job", "state", "step", "loss")
@@ -402,6 +405,9 @@ def _os_error(error: OSError) -> str | None:
 
     where = f" at {error.filename}" if error.filename else ""
     known = {
+        errno.ENOENT: f"there is no such file or folder{where}",
+        errno.EIO: f"the disk could not be read or written{where}: what was finished is kept",
+        errno.EFBIG: f"a file would be larger than this disk or account may hold{where}: what was finished is kept",
         errno.ENOSPC: f"the disk is full{where}: free some space and start the same command again; what was finished is kept",
         errno.EDQUOT: f"the disk quota is used up{where}: free some space and start the same command again; what was finished is kept",
         errno.EROFS: f"the folder is read-only{where}: choose one that can be written",
@@ -435,18 +441,28 @@ def _message(error: BaseException) -> tuple[str, int]:
     )
 
 
+def _flush() -> None:
+    """Write out what was printed; a reader that is gone (`archipel status RUN | head -1`) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a fault of ours, 2 wrong use or input, 130 interrupted with everything kept."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         code = app(args=arguments, standalone_mode=False)
+        _flush()
         sys.exit(code if isinstance(code, int) else 0)
     except _USAGE_ERROR as error:
         error.show()  # type: ignore[attr-defined]
         sys.exit(EXIT_WRONG_INPUT)
     except typer.Exit as error:
         sys.exit(error.exit_code)
-    except typer.Abort:
+    except typer.Abort:  # what the library makes of Ctrl-C
+        say(_message(KeyboardInterrupt())[0])
         sys.exit(EXIT_INTERRUPTED)
     except BaseException as error:
         if isinstance(error, SystemExit):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from archipel import __version__
+from archipel import __version__, store
 
 _BASE = (
     "torch",
@@ -56,26 +56,32 @@ class CacheEntry:
 
 def cache_folder() -> Path:
     """The user's cache folder: ``$ARCHIPEL_CACHE``, or the system's usual place."""
-    import platformdirs
+    from archipel.data.fetch import cache_folder as folder
 
-    return Path(os.environ.get("ARCHIPEL_CACHE") or platformdirs.user_cache_dir("archipel", appauthor=False))
+    return folder()
+
+
+def _downloads() -> Path:
+    """The one folder in the cache folder that Archipel writes: ``ARCHIPEL_CACHE`` may name one that holds other things."""
+    return cache_folder() / "npm"
 
 
 def cache_entries() -> list[CacheEntry]:
-    """Files in the cache folder, by name."""
-    folder = cache_folder()
-    if not folder.is_dir():
-        return []
-    return [CacheEntry(path, path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Downloaded files, by name."""
+    folder = _downloads()
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return [CacheEntry(path, path.stat().st_size) for path in files]
 
 
 def clean_cache() -> None:
-    """Remove everything inside the cache folder; the folder itself and anything it links to stay."""
-    for path in cache_folder().iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what was downloaded. Raises LockedError while another process downloads."""
+    folder = _downloads()
+    with store.lock(folder / ".lock", f"the download folder {folder}"):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
 
 
 def _version(package: str) -> str | None:
@@ -99,8 +105,11 @@ def _devices() -> Iterator[Line]:
 
     yield Line("cpu", f"{platform.machine()}, {cores()} cores usable")
     if importlib.util.find_spec("torch") is not None:
-        import torch
-
+        try:
+            import torch
+        except (ImportError, OSError) as error:
+            yield Line("torch", f"is installed but cannot be loaded: {error}", False)
+            return
         if torch.cuda.is_available():
             for index in range(torch.cuda.device_count()):
                 free, total = torch.cuda.mem_get_info(index)
@@ -113,8 +122,12 @@ def _devices() -> Iterator[Line]:
 
 
 def _disk() -> Iterator[Line]:
-    for name, folder in (("disk here", Path.cwd()), ("temporary files", Path(tempfile.gettempdir()))):
-        free = shutil.disk_usage(folder).free
+    for name, find in (("disk here", Path.cwd), ("temporary files", tempfile.gettempdir)):
+        try:
+            free = shutil.disk_usage(find()).free
+        except OSError as error:
+            yield Line(name, f"cannot be used ({error.strerror or error})", False)
+            continue
         little = free < _LITTLE_DISK
         yield Line(
             name,

@@ -8,7 +8,9 @@ Every stage is idempotent: called again it returns at once, interrupted it conti
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from archipel.progress import StopFlag, log_to
 from archipel.run import MONOLITH, ROUTER, Run
 
 STAGES = ("prepare", "partition", "train", "route", "generate", "evaluate", "report")
+_WITH_PATH = ("folder", "webdataset", "huggingface")  # sources that read from clips.path
 
 
 # --- making and opening ----------------------------------------------------------------------------------------------
@@ -51,17 +54,35 @@ def resolve(
         if preset and source != values.get("clips", {}).get("source", source):
             values = presets.without_source(values)
     if data:
-        chosen["path"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
+        chosen["path"] = data
     values = configuration.merge(values, {"clips": chosen})
     values = configuration.merge(values, over or {})
     values = configuration.merge(values, configuration.parse_sets(sets))
     values = presets.fit_rope(values)
-    config = configuration.build(values, "the settings")
+    config = configuration.build(_located(values), "the settings")
+    if data and config.clips.source not in _WITH_PATH:
+        raise ConfigError(
+            f"--data {data!r} is of no use to the source {config.clips.source}: name one with --source {' or '.join(_WITH_PATH)}"
+        )
     check_primary(config.evaluate.primary)
     count = count_items(config.clips)
     if count is not None:
         configuration.check_count(config, min(count, config.clips.count or count))
     return budget.resolve(config)
+
+
+def _located(values: dict[str, Any]) -> dict[str, Any]:
+    """``clips.path`` made absolute where it names something on this disk, so that any working directory will do."""
+    from archipel.data.base import is_url
+
+    clips = values.get("clips", {})
+    path = clips.get("path")
+    if not path or not isinstance(path, str) or is_url(path) or clips.get("source") not in _WITH_PATH:
+        return values
+    full = Path(path).expanduser()
+    if clips["source"] == "huggingface" and not full.exists():
+        return values  # a data set of the hub
+    return configuration.merge(values, {"clips": {"path": os.path.abspath(full)}})  # noqa: PTH100 - keeps links
 
 
 def init(root: Path | str, **settings: Any) -> Run:
@@ -77,14 +98,15 @@ def open_run(root: Path | str, sets: Iterable[str] = ()) -> Run:
     run = Run.open(root)
     for pair in sets:
         values = configuration.parse_sets([pair])
-        key = pair.partition("=")[0].strip()
-        wanted = configuration.lookup(
-            configuration.build(configuration.merge(run.config.model_dump(mode="json"), values), pair), key
-        )
+        key, _, wanted = (part.strip() for part in pair.partition("="))
         have = configuration.lookup(run.config, key)
-        if wanted != have:
+        same = False
+        with contextlib.suppress(ConfigError):  # what cannot even be set is another value, too
+            asked = configuration.build(configuration.merge(run.config.model_dump(mode="json"), values), pair)
+            same = configuration.lookup(asked, key) == have
+        if not same:
             raise ConfigError(
-                f"{key} is {have!r} in {run.root / 'run.toml'} and --set asks for {wanted!r}: start a new run for that"
+                f"{key} is {have!r} in {run.root / 'run.toml'} and --set asks for {wanted}: start a new run for that"
             )
     card = store.read_card(run.clips)
     if card is not None and card.get("run") != run.id:
@@ -126,26 +148,30 @@ def train(
 ) -> None:
     """Train one job in this process: an expert's number, ``monolith`` or ``router``."""
     run.expert(name)  # names the jobs where there is no such one
-    if name == ROUTER:
-        from archipel.routing.stage import train_router
+    with log_to(run.log(f"train-{name}")):
+        if name == ROUTER:
+            from archipel.routing.stage import train_router
 
-        train_router(run, seconds=seconds, threads=threads, stop=stop)
-    else:
-        from archipel.training.stage import train as stage
+            train_router(run, seconds=seconds, threads=threads, stop=stop)
+        else:
+            from archipel.training.stage import train as stage
 
-        stage(run, name, seconds=seconds, threads=threads, stop=stop)
+            stage(run, name, seconds=seconds, threads=threads, stop=stop)
 
 
 def train_all(
     run: Run, stop: StopFlag | None = None, *, workers: int | None = None, threads: int | None = None
 ) -> None:
-    """Train every missing job, each in a process of its own, and write the ledger."""
+    """Train every missing job, each in a process of its own, and write the ledger: one job per GPU where there are any,
+    else ``workers`` at a time (default: one per core)."""
     from archipel.islands.launch.local import launch
+    from archipel.training import machine
     from archipel.training.budget import write_ledger
 
     run.need(run.shard(MONOLITH), "partition")
-    with _stopping(stop) as flag:
-        launch(run, run.job_names, flag, workers=workers, threads=threads)
+    if len(_trained(run)) < len(run.job_names):
+        with _stopping(stop) as flag:
+            launch(run, run.job_names, flag, workers=workers, threads=threads, accelerators=machine.accelerators())
     write_ledger(run)
 
 
@@ -160,7 +186,11 @@ def generate(run: Run, stop: StopFlag | None = None) -> None:
     """Generate the clips that will be scored, all arms from the same captions and noise."""
     from archipel.ensemble.stage import generate_arms
 
-    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "generate.lock", f"generate of {run.root}"):
+    with (
+        _stopping(stop) as flag,
+        store.lock(run.root / ".locks" / "generate.lock", f"generate of {run.root}"),
+        log_to(run.log("generate")),
+    ):
         generate_arms(run, flag)
 
 
@@ -176,8 +206,9 @@ def report(run: Run) -> Path:
     from archipel.report import report as stage
     from archipel.training.budget import write_ledger
 
-    write_ledger(run)
-    return stage(run)
+    with log_to(run.log("report")):
+        write_ledger(run)
+        return stage(run)
 
 
 @dataclass(frozen=True)
@@ -227,10 +258,11 @@ def _features_ready(run: Run) -> bool:
     return {"pixels", "latents", "text", "features"} <= set(index.get("kinds", index))
 
 
-def run_all(run: Run, stop: StopFlag | None = None) -> Path:
-    """Do all that is missing, in order. Returns the report's path."""
+def run_all(run: Run, stop: StopFlag | None = None, *, threads: int | None = None) -> Path:
+    """Do all that is missing, in order, training with ``threads`` threads per job. Returns the report's path."""
+    train = functools.partial(train_all, threads=threads)
     with _stopping(stop) as flag:
-        for stage in (prepare, partition, train_all, route, generate, evaluate):
+        for stage in (prepare, partition, train, route, generate, evaluate):
             with log_to(run.log("run")):
                 stage(run, flag)
             if flag:
@@ -287,10 +319,10 @@ def verify(run: Run) -> tuple[int, list[store.Problem]]:
             continue
         if card is not None and card.get("run") != run.id and "cache" not in path.relative_to(run.root).parts:
             problems.append(store.Problem(path, f"was written for another run ({str(card.get('run'))[:12]})"))
-    for path in [*sorted(run.root.glob("scores/*.json")), run.ledger]:
+    for path in [*sorted(run.root.glob("scores/[!.]*.json")), run.ledger]:  # a dot: left aside by a killed writer
         if path.exists():
             try:
-                json.loads(path.read_text())
+                json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 problems.append(store.Problem(path, f"is not readable JSON ({error})"))
     return len(cards), problems

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "checkpoint_every": 40,
         },
         "sample": {"steps": 10},
-        "evaluate": {"count": 16, "frames": 2, "image_size": 64, "pca": 8},
+        "evaluate": {"count": 16, "showcase": 6, "frames": 2, "image_size": 64, "pca": 8},
     },
     # At most 12 minutes on two cores, one emoji package. docs/log.md has the measurements behind the numbers.
     "demo": {

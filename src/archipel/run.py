@@ -14,6 +14,10 @@ MONOLITH = "monolith"
 ROUTER = "router"
 
 
+def _folder_hint(path: Path) -> str:
+    return f", {path.parent}" if path.name == "run.toml" else ""
+
+
 @dataclass(frozen=True)
 class Run:
     """An opened run. ``id`` is the sha256 of ``run.toml``; every card names it."""
@@ -28,6 +32,8 @@ class Run:
         root = Path(root)
         if not root.exists():
             raise ArchipelError(f"there is no run at {root}: make one with `archipel init {root}`")
+        if root.is_file():
+            raise ArchipelError(f"{root} is a file: give the run's folder" + _folder_hint(root))
         config, run_id = configuration.read(root / "run.toml")
         return cls(root, config, run_id)
 
@@ -42,8 +48,11 @@ class Run:
             )
         if root.is_file():
             raise ArchipelError(f"{root} is a file: a run is a folder")
-        if root.exists() and any(root.iterdir()):
+        torn = set(root.glob(".run.*.tmp.toml"))  # of an init that was killed while it wrote
+        if root.exists() and set(root.iterdir()) - torn:
             raise ArchipelError(f"{root} is not empty and holds no run: choose another folder")
+        for path_aside in torn:
+            path_aside.unlink(missing_ok=True)
         store.write_text(path, configuration.to_toml(config))
         return cls.open(root)
 

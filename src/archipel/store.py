@@ -64,7 +64,8 @@ def aside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving without an error it is synced and renamed over ``path``.
 
     After an error ``path`` holds what it held before and the temporary file is gone. The temporary name keeps the
-    suffix of ``path``, since writers of video choose the container by it.
+    suffix of ``path``, since writers of video choose the container by it. An OSError that names no file (a full disk,
+    met while writing) comes out naming ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
@@ -79,6 +80,10 @@ def aside(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
         _fsync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,9 +102,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises DamagedError naming the file where it is not JSON."""
+    """Parse a JSON file. Raises DamagedError naming the file where it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} is not readable JSON ({error}); restore it or remove it to make it anew") from error
 
@@ -205,7 +212,16 @@ def read_card(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
         )
     if kind is not None and card.get("kind") != kind:
         raise DamagedError(f"{path} is a card of kind {card.get('kind')!r}, expected {kind!r}")
+    if not _lists_files(card.get("files")):
+        raise DamagedError(f"{path} does not list its files with sha256 and bytes; remove it to make the folder anew")
     return cast(dict[str, Any], card)
+
+
+def _lists_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
+        for entry in files.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +238,7 @@ def check_card(folder: Path) -> list[Problem]:
     if card is None:
         return []
     problems = []
-    for name, entry in card.get("files", {}).items():
+    for name, entry in card["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(Problem(folder / "card.json", f"lists a file outside its folder: {name!r}"))

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "expert": {**SMALL, "double_blocks": 1, "single_blocks": 1},
     "router": {**SMALL, "blocks": 1},
     "sample": {"steps": 3, "guidance": 2.0},
-    "evaluate": {"count": 20},
+    "evaluate": {"count": 20, "showcase": 0},
 }
 LATENT = (192, 1, 2, 2)
 

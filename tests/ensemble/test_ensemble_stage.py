@@ -19,7 +19,7 @@ from archipel.ensemble.pipeline import Archipelago
 from archipel.ensemble.stage import choose_rows, generate_arms
 from archipel.errors import ArchipelError, MissingStageError, Stopped
 from archipel.flow import draws
-from archipel.manifest import Clip, read_manifest
+from archipel.manifest import Clip, read_manifest, read_manifest
 from archipel.progress import StopFlag
 from archipel.run import Run
 
@@ -84,7 +84,7 @@ def test_all_arms_share_captions_and_noise_and_stand_beside_the_real_clips(finis
 
 def test_a_clip_of_an_arm_is_the_clip_of_its_seed(finished: Run) -> None:
     """Captions are read from the cache; with the same conditioning and seed `sample` gives the same clip."""
-    plan = stage.Plan.of(finished)
+    plan = stage.plans(finished)[0]
     model = Archipelago.load(finished.root)
     settings = stage.Settings.of(finished.config, strategy="monolith")
     latents, _ = model.sample(settings, plan.cond[3:4], plan.seeds[3:4])
@@ -184,7 +184,7 @@ def test_missing_stages_are_named(small_run: Run) -> None:
 def test_heun_and_a_validation_protocol_go_to_their_own_folder(build_run: Callable[..., Run]) -> None:
     run = build_run(
         sample={"solver": "heun"},
-        evaluate={"split": "validation", "count": 5, "arms": ["full", "monolith"]},
+        evaluate={"split": "validation", "count": 5, "arms": ["full", "monolith"], "showcase": 4},
         run={"seed": 3},
     )
     generate_arms(run)
@@ -192,5 +192,10 @@ def test_heun_and_a_validation_protocol_go_to_their_own_folder(build_run: Callab
     assert store.map_tensors(folder / "full.safetensors")["weights"].shape == (5, 3, 3)
     assert [p["seed"] for p in store.read_json(folder / "prompts.json")] == [3_000_000 + i for i in range(5)]
     assert not (folder / "top1.safetensors").exists()
+    shown = run.samples("train")
+    manifest = read_manifest(run.manifest)
+    assert {manifest[p["row"]].split for p in store.read_json(shown / "prompts.json")} == {"train"}
+    assert store.map_tensors(shown / "monolith.safetensors")["clips"].shape[0] == 4
+    assert (shown / "top1.safetensors").exists() and not (shown / "full.safetensors").exists()
     noise = draws.clip_noise([3_000_000], (2,))
     assert not np.array_equal(noise, draws.clip_noise([0], (2,)))

@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[RunConfig, str]:
     except FileNotFoundError as error:
         raise ArchipelError(f"{path} is not there: make a run first with `archipel init {path.parent}`") from error
     try:
-        values = tomllib.loads(data.decode())
+        values = tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} is not readable TOML ({error})") from error
     version = values.get("format")

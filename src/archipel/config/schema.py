@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from archipel import FORMAT
 
@@ -17,6 +18,20 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_own_type(cls, value: Any, info: ValidationInfo) -> Any:
+        """Lists become tuples and whole numbers become floats; true is no number and "12" is none either."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        numbers = {int, float, ...}
+        if kind is bool and not isinstance(value, bool):
+            raise PydanticCustomError("wrong_type", "expected true or false")
+        if kind in numbers or numbers.issuperset(get_args(kind) or (str,)):
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool | str):
+                    raise PydanticCustomError("wrong_type", "expected a number, without quotes")
+        return value
 
 
 class RunSection(Section):
@@ -207,6 +222,11 @@ class Evaluate(Section):
     )
     count: int = Field(
         96, ge=2, description="Clips generated per arm (captions are repeated with new noise where there are fewer)."
+    )
+    showcase: int = Field(
+        12,
+        ge=0,
+        description="Training captions drawn with new noise for the report, by the primary strategy and the monolith; not scored.",
     )
     arms: tuple[Strategy, ...] = Field(STRATEGIES, description="Arms to generate and score.")
     primary: str = Field(

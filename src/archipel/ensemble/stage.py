@@ -33,6 +33,7 @@ from archipel.run import MONOLITH, ROUTER, Run
 
 logger = logging.getLogger("archipel")
 BATCH = 16  # clips at a time; part of what decides the last bits, so not a setting
+SHOWCASE = "train"  # the split whose captions are shown beside the scored ones
 SEEDS_PER_RUN = 1_000_000  # clip i of a run with seed s has seed 1,000,000 s + i: `generate --seed` makes it again
 
 
@@ -59,24 +60,26 @@ def choose_rows(clips: Sequence[Clip], split: str, count: int, seed: int) -> lis
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be generated: manifest rows and seeds, one per clip, the same for all arms."""
+    """What is to be generated for one split: manifest rows and seeds, one per clip, the same for all arms."""
 
     run: Run
+    split: str
+    arms: list[str]
     clips: list[Clip]
     rows: np.ndarray
     seeds: list[int]
     clusters: np.ndarray
 
     @classmethod
-    def of(cls, run: Run) -> Plan:
-        config, clips = run.config, read_manifest(run.manifest)
-        rows = choose_rows(clips, config.evaluate.split, config.evaluate.count, config.run.seed)
-        seeds = [config.run.seed * SEEDS_PER_RUN + i for i in range(len(rows))]
-        return cls(run, clips, np.array(rows, dtype=np.int64), seeds, load_assignment(run)[rows])
+    def of(cls, run: Run, split: str, count: int, arms: Sequence[str]) -> Plan:
+        clips, seed = read_manifest(run.manifest), run.config.run.seed
+        rows = choose_rows(clips, split, count, seed)
+        seeds = [seed * SEEDS_PER_RUN + i for i in range(len(rows))]
+        return cls(run, split, list(arms), clips, np.array(rows, dtype=np.int64), seeds, load_assignment(run)[rows])
 
     @property
     def folder(self) -> Path:
-        return self.run.samples(self.run.config.evaluate.split)
+        return self.run.samples(self.split)
 
     def prompts(self) -> list[dict[str, Any]]:
         found = [self.clips[row] for row in self.rows]
@@ -119,18 +122,33 @@ def _made(folder: Path, arm: str, inputs: str) -> bool:
     return facts.is_file() and (folder / f"{arm}.safetensors").is_file() and store.read_json(facts)["inputs"] == inputs
 
 
+def plans(run: Run) -> list[Plan]:
+    """The split that is scored with all arms, and a few training captions to look at, with the two that are compared."""
+    chosen = run.config.evaluate
+    made = [Plan.of(run, chosen.split, chosen.count, chosen.arms)]
+    if chosen.showcase:
+        shown = list(dict.fromkeys([run.config.sample.strategy, MONOLITH]))
+        made.append(Plan.of(run, SHOWCASE, chosen.showcase, shown))
+    return made
+
+
 def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
-    """Make what is missing of ``samples/<evaluate.split>/`` and commit it with a card.
+    """Make what is missing of ``samples/<split>/`` for the split that is scored and for the showcase; commit with cards.
 
     An interrupted arm continues after its last whole batch. An arm whose experts, router or codec were made anew is
     generated again, others are kept. Raises MissingStageError naming what has to run first, Stopped where asked to stop.
     """
-    arms = list(run.config.evaluate.arms)
     run.need(run.codec, "prepare")
     run.need(run.partition, "partition")
-    parts = Parts(run)
-    parts.check(sorted({name for arm in arms for name in needed_parts(run, arm)}))
-    plan = Plan.of(run)
+    parts, wanted = Parts(run), plans(run)
+    parts.check(sorted({name for plan in wanted for arm in plan.arms for name in needed_parts(run, arm)}))
+    archipelago = Archipelago(parts)
+    for plan in wanted:
+        _generate_plan(plan, archipelago, stop)
+
+
+def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None) -> None:
+    run, arms = plan.run, plan.arms
     prompts = plan.prompts()
     inputs = {arm: _inputs(run, arm, prompts) for arm in ("real", "codec", *arms)}
     missing = [arm for arm in inputs if not _made(plan.folder, arm, inputs[arm])]
@@ -139,7 +157,6 @@ def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
         return
     (plan.folder / "card.json").unlink(missing_ok=True)
     store.write_json(plan.folder / "prompts.json", prompts)
-    archipelago = Archipelago(parts)
     for arm in ("real", "codec"):
         if arm in missing:
             _real(plan, archipelago, arm, inputs[arm])
@@ -147,7 +164,7 @@ def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
     done_arms = [arm for arm in arms if arm not in missing]
     steps = run.config.sample.steps
     costs = {arm: _cost(run, arm) * len(prompts) * steps for arm in arms}
-    label = f"generate: {len(arms)} arms"
+    label = f"generate: {plan.split}, {len(arms)} arms"
     with Progress(label, sum(costs.values()), sum(costs[arm] for arm in done_arms)) as bar:
         for arm in todo:
             _generate_arm(plan, archipelago, arm, inputs[arm], bar, stop)
@@ -233,13 +250,11 @@ def _commit(plan: Plan, inputs: dict[str, str]) -> None:
     shutil.rmtree(plan.folder / ".parts", ignore_errors=True)
     names = ["prompts.json", *(f"{arm}{suffix}" for arm in inputs for suffix in (".safetensors", ".json"))]
     protocol = {
-        "split": config.evaluate.split,
+        "split": plan.split,
         "clips": len(plan.rows),
         "unique": len(set(plan.rows.tolist())),
         "groups": len({plan.clips[row].group for row in plan.rows}),
         "prompts": store.sha256_json(plan.prompts()),
         **config.sample.model_dump(mode="json"),
     }
-    store.write_card(
-        plan.folder, "samples", plan.run.id, names, arms=list(config.evaluate.arms), inputs=inputs, protocol=protocol
-    )
+    store.write_card(plan.folder, "samples", plan.run.id, names, arms=plan.arms, inputs=inputs, protocol=protocol)

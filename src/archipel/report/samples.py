@@ -21,9 +21,13 @@ TRACES = 8
 
 def arms_present(reader: Reader) -> list[str]:
     """Arms with samples: real, codec, the primary strategy, the monolith, then the others in the order of run.toml."""
-    config, folder = reader.run.config, reader.run.samples(reader.protocol)
+    config = reader.run.config
     wanted = dict.fromkeys(["real", "codec", config.sample.strategy, MONOLITH, *config.evaluate.arms])
-    return [arm for arm in wanted if (folder / f"{arm}.safetensors").is_file()]
+    return [arm for arm in wanted if _has(reader, reader.protocol, arm)]
+
+
+def _has(reader: Reader, split: str, arm: str) -> bool:
+    return (reader.run.samples(split) / f"{arm}.safetensors").is_file()
 
 
 def _cell(clips: np.ndarray, row: int, fps: float, alt: str, longest: int) -> dict[str, Any]:
@@ -69,17 +73,35 @@ def _columns(arms: Sequence[str], names: Mapping[str, str], primary: str) -> lis
     ]
 
 
-def samples(reader: Reader) -> dict[str, Any]:
-    """Context of the section: hero strip, main comparison, other arms; every picture a data URI."""
-    run = reader.run
-    primary, folder = run.config.sample.strategy, run.samples(reader.protocol)
+def _read(reader: Reader, split: str, arms: Sequence[str]) -> tuple[list[Mapping[str, Any]], dict[str, np.ndarray]]:
+    """Prompts of ``samples/<split>/`` and the clips uint8 (N, F, H, W, 3) of those arms that are there."""
+    folder = reader.run.samples(split)
     prompts = reader.json(folder / "prompts.json")
-    prompts = [mapping(prompt) for prompt in prompts] if isinstance(prompts, list) else []
     clips: dict[str, np.ndarray] = {}
-    for arm in arms_present(reader):
+    for arm in arms:
         tensors = reader.tensors(folder / f"{arm}.safetensors")
         if tensors is not None and "clips" in tensors and tensors["clips"].ndim == 5 and len(tensors["clips"]):
             clips[arm] = tensors["clips"]
+    return [mapping(prompt) for prompt in prompts] if isinstance(prompts, list) else [], clips
+
+
+def seen(reader: Reader) -> dict[str, Any]:
+    """Context: captions that training saw, drawn with new noise. What the experts know, not how well they generalise."""
+    primary = reader.run.config.sample.strategy
+    present = [arm for arm in dict.fromkeys(["real", primary, MONOLITH]) if _has(reader, "train", arm)]
+    prompts, clips = _read(reader, "train", present) if present else ([], {})
+    if not clips or not prompts:
+        return {"main": []}
+    names = {arm: arm_label(arm, primary) for arm in clips}
+    main = _grid(clips, list(clips), prompts, names, reader.run.config.clips.fps, ROWS, BUDGET // 2)
+    return {"main": main, "columns": _columns(list(clips), names, primary)}
+
+
+def samples(reader: Reader) -> dict[str, Any]:
+    """Context of the section: hero strip, main comparison, other arms; every picture a data URI."""
+    run = reader.run
+    primary = run.config.sample.strategy
+    prompts, clips = _read(reader, reader.protocol, arms_present(reader))
     if not clips or not prompts:
         return {"missing": reader.command("generate", "--arms"), "hero": [], "main": [], "other": []}
     names = {arm: arm_label(arm, primary) for arm in clips}
@@ -111,6 +133,7 @@ def samples(reader: Reader) -> dict[str, Any]:
         "main": main,
         "other_columns": _columns(rest, names, primary),
         "other": other,
+        "seen": seen(reader),
         "settings": run.config.sample,
     }
 

@@ -33,6 +33,7 @@ def build(device: str, threads: int) -> dict[str, Any]:
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "matmul": torch.get_float32_matmul_precision(),
         "threads": threads,
     }
 
@@ -43,5 +44,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def pick_device(device: str | None) -> str:
-    """``device``, or a GPU where there is one, else the CPU."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """``device``, or a GPU where there is one, else the CPU.
+
+    On a GPU matrices are multiplied in TF32 from then on: several times faster, 10 bits of mantissa, float32 sums.
+    """
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+    return chosen
+
+
+def accelerators() -> int:
+    """How many GPUs torch sees, without waking any of them."""
+    return torch.cuda.device_count()

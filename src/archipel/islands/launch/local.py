@@ -1,4 +1,4 @@
-"""The default launcher: one process per job on this machine, a fixed number side by side.
+"""The default launcher: one process per job on this machine, a fixed number side by side, one per GPU where there are any.
 
 A child is given a run and a job name, nothing else. It watches the pipe that is its standard input: when this process
 goes away, however that happens, the pipe closes and the child saves a checkpoint and stops.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from archipel import store
-from archipel.errors import ArchipelError
+from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
 
@@ -27,16 +28,25 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    begins: int  # where this child's words begin in the log, which earlier ones share
+    slot: str
 
 
 @dataclass
 class _Queue:
-    """Jobs of one launch: waiting, running, and the planned steps that the bar counts."""
+    """Jobs of one launch: waiting and running, and the free slots: "" for some cores, else a CUDA_VISIBLE_DEVICES."""
 
     run: Run
     threads: int
     waiting: list[str]
+    slots: list[str]
     running: list[_Child] = field(default_factory=list)
+
+
+class _ChildError(ArchipelError):
+    """A child that failed by a fault of ours, and not by what it was given."""
+
+    exit_code = EXIT_INTERNAL
 
 
 def cores() -> int:
@@ -57,32 +67,46 @@ def in_order(run: Run, names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: (weight.get(name, 1), name))
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        "ARCHIPEL_STOP_WITH_PARENT": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DISABLE_TELEMETRY": "YES",
-    }
+def _gpus(count: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES for each of ``count`` jobs: of those that this process was given, where it was given some."""
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return given[:count] if len(given) >= count else [str(number) for number in range(count)]
+
+
+def _environment(threads: int, slot: str) -> dict[str, str]:
+    return (
+        os.environ
+        | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            "ARCHIPEL_STOP_WITH_PARENT": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "1",
+            "DISABLE_TELEMETRY": "YES",
+        }
+    )
+
+
+def _command(run: Run, name: str, threads: int) -> list[str]:
+    return [sys.executable, "-m", "archipel.cli", "train", "--threads", str(threads), "--", str(run.root), name]
 
 
 def _start(queue: _Queue, name: str) -> _Child:
-    run, log = queue.run, queue.run.log(f"train-{name}")
+    run, log, slot = queue.run, queue.run.log(f"train-{name}"), queue.slots.pop(0)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "archipel.cli", "train", str(run.root), name, "--threads", str(queue.threads)]
     with open(log, "ab") as output:
+        begins = output.tell()
         process = subprocess.Popen(
-            command,
+            _command(run, name, queue.threads),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            env=_environment(queue.threads),
+            env=_environment(queue.threads, slot),
             start_new_session=True,  # Ctrl-C reaches this process only, which then tells the children once
         )
-    return _Child(name, process, log)
+    return _Child(name, process, log, begins, slot)
 
 
 def _steps_done(run: Run, name: str) -> int:
@@ -126,12 +150,30 @@ def _reap(queue: _Queue) -> None:
         if code is None:
             continue
         queue.running.remove(child)
+        queue.slots.append(child.slot)
         if child.process.stdin is not None:
             child.process.stdin.close()
+        if code == EXIT_INTERRUPTED:
+            raise Stopped(f"training {child.name} was stopped; everything is kept, start it again to continue")
         if code != 0:
-            lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
-            last = lines[-1] if lines else "it said nothing"
-            raise ArchipelError(f"training {child.name} ended with exit code {code}: {last} (whole log: {child.log})")
+            kind = ArchipelError if code == EXIT_WRONG_INPUT else _ChildError
+            raise kind(f"training {child.name} {_ending(code)}: {_last_words(child)} (whole log: {child.log})")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
+    return f"was ended by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+
+
+def _last_words(child: _Child) -> str:
+    """The error that a child told, else its last line."""
+    with open(child.log, "rb") as log:
+        log.seek(child.begins)
+        lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("error: ", "internal error: "))]
+    return (told or lines or ["it said nothing"])[-1].removeprefix("error: ")
 
 
 def _stop_all(queue: _Queue, grace: float = 60.0) -> None:
@@ -149,17 +191,24 @@ def _stop_all(queue: _Queue, grace: float = 60.0) -> None:
 
 
 def launch(
-    run: Run, names: list[str], stop: StopFlag, *, workers: int | None = None, threads: int | None = None
+    run: Run,
+    names: list[str],
+    stop: StopFlag,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    accelerators: int = 0,
 ) -> None:
-    """Train ``names``, each in a process of its own, ``workers`` at a time with ``threads`` threads each.
+    """Train ``names``, each in a process of its own: one per GPU where there are ``accelerators``, else ``workers`` at a
+    time, with ``threads`` threads each.
 
     Raises ArchipelError where a child fails (the others are stopped with checkpoints), Stopped when asked to stop.
     """
     names = in_order(run, [name for name in names if not run.done(run.expert(name))])
     if not names:
         return
-    workers = workers or min(cores(), len(names))
-    queue = _Queue(run, threads or max(1, cores() // workers), list(names))
+    slots = _gpus(accelerators) or [""] * (workers or min(cores(), len(names)))
+    queue = _Queue(run, threads or max(1, cores() // len(slots)), list(names), slots)
     scale = 1000 / max(_work(run, names), 1e-9)
 
     def done_units() -> int:
@@ -168,9 +217,10 @@ def launch(
     with Progress("train", 1000, done_units()) as bar:
         try:
             while queue.waiting or queue.running:
-                while queue.waiting and len(queue.running) < workers:
+                while queue.waiting and queue.slots:
                     queue.running.append(_start(queue, queue.waiting.pop(0)))
                 if stop:
+                    print("stopping: every job saves a checkpoint first", file=sys.stderr, flush=True)
                     raise stop.error("training")
                 time.sleep(_POLL)
                 _reap(queue)
