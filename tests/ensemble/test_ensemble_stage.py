@@ -19,7 +19,7 @@ from archipel.ensemble.pipeline import Archipelago
 from archipel.ensemble.stage import choose_rows, generate_arms
 from archipel.errors import ArchipelError, MissingStageError, Stopped
 from archipel.flow import draws
-from archipel.manifest import Clip, read_manifest, read_manifest
+from archipel.manifest import Clip, read_manifest
 from archipel.progress import StopFlag
 from archipel.run import Run
 
