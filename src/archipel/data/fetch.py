@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -108,7 +109,9 @@ def fetch(package: Package, stop: StopFlag | None = None) -> Path:
                 with open(fetched, "rb") as file:
                     os.fsync(file.fileno())
                 fetched.replace(path)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise ArchipelError(f"{folder} cannot be written to: set ARCHIPEL_CACHE to a folder that can be") from error
     return path
 
