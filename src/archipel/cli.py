@@ -454,6 +454,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # what the library makes of Ctrl-C outside of a stage
+            raise KeyboardInterrupt
         _flush()
         sys.exit(code if isinstance(code, int) else 0)
     except _USAGE_ERROR as error:
@@ -461,8 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(EXIT_WRONG_INPUT)
     except typer.Exit as error:
         sys.exit(error.exit_code)
-    except typer.Abort:  # what the library makes of Ctrl-C
-        say(_message(KeyboardInterrupt())[0])
+    except typer.Abort:
         sys.exit(EXIT_INTERRUPTED)
     except BaseException as error:
         if isinstance(error, SystemExit):

@@ -129,17 +129,27 @@ def _stopping(stop: StopFlag | None) -> Iterator[StopFlag]:
             yield own
 
 
+@contextlib.contextmanager
+def _alone(run: Run, stage: str, *folders: Path) -> Iterator[None]:
+    """Hold the stage's lock; what a killed process left half-written in the stage's own ``folders`` goes first."""
+    with store.lock(run.root / ".locks" / f"{stage}.lock", f"{stage} of {run.root}"):
+        for folder in folders:
+            for torn in folder.rglob(".*.tmp*"):
+                torn.unlink(missing_ok=True)
+        yield
+
+
 def prepare(run: Run, stop: StopFlag | None = None) -> None:
     from archipel.prepare import prepare as stage
 
-    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "prepare.lock", f"prepare of {run.root}"):
+    with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec):
         stage(run, flag)
 
 
 def partition(run: Run, stop: StopFlag | None = None) -> None:
     from archipel.partition.stage import partition as stage
 
-    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "partition.lock", f"partition of {run.root}"):
+    with _stopping(stop) as flag, _alone(run, "partition", run.partition, run.shard(MONOLITH).parent):
         stage(run, flag)
 
 
@@ -186,18 +196,15 @@ def generate(run: Run, stop: StopFlag | None = None) -> None:
     """Generate the clips that will be scored, all arms from the same captions and noise."""
     from archipel.ensemble.stage import generate_arms
 
-    with (
-        _stopping(stop) as flag,
-        store.lock(run.root / ".locks" / "generate.lock", f"generate of {run.root}"),
-        log_to(run.log("generate")),
-    ):
+    folder = run.samples(run.config.evaluate.split)
+    with _stopping(stop) as flag, _alone(run, "generate", folder), log_to(run.log("generate")):
         generate_arms(run, flag)
 
 
 def evaluate(run: Run, stop: StopFlag | None = None) -> None:
     from archipel.evaluation.stage import evaluate as stage
 
-    with _stopping(stop) as flag, store.lock(run.root / ".locks" / "evaluate.lock", f"evaluate of {run.root}"):
+    with _stopping(stop) as flag, _alone(run, "evaluate", run.scores(run.config.evaluate.split).parent):
         stage(run, flag)
 
 

@@ -100,6 +100,10 @@ def _check_circle(config: RunConfig) -> None:
 
 def check_count(config: RunConfig, clips: int) -> None:
     """Refuse a K that so many clips (or training groups) cannot fill."""
+    if clips < 1:
+        raise ConfigError(
+            f"clips.path = {config.clips.path!r} holds no clips that the source {config.clips.source} reads"
+        )
     if config.partition.k > clips:
         raise ConfigError(
             f"partition.k = {config.partition.k} is larger than the number of clips {clips}: at most {clips} works"
