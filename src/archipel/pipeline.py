@@ -204,7 +204,8 @@ def generate(run: Run, stop: StopFlag | None = None) -> None:
 def evaluate(run: Run, stop: StopFlag | None = None) -> None:
     from archipel.evaluation.stage import evaluate as stage
 
-    with _stopping(stop) as flag, _alone(run, "evaluate", run.scores(run.config.evaluate.split).parent):
+    split = run.config.evaluate.split
+    with _stopping(stop) as flag, _alone(run, "evaluate", run.scores(split).parent, run.samples(split) / "features"):
         stage(run, flag)
 
 

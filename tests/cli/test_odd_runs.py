@@ -169,6 +169,22 @@ def test_without_a_network_the_first_use_names_the_way_out(
     assert not list(Path(os.environ["ARCHIPEL_CACHE"]).rglob("*.tgz"))
 
 
+def test_a_read_only_cache_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, mkdir = Path(os.environ["ARCHIPEL_CACHE"]), Path.mkdir
+
+    def read_only(self: Path, *arguments: object, **options: object) -> None:
+        if folder in self.parents:
+            raise OSError(30, "Read-only file system", str(self))
+        mkdir(self, *arguments, **options)  # type: ignore[arg-type]
+
+    assert say(capsys, "init", tmp_path / "run", "--source", "fluent-emoji", "--preset", "demo")[0] == 0
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    code, said = say(capsys, "prepare", tmp_path / "run")
+    assert code == 2 and "ARCHIPEL_CACHE" in said and str(folder) in said
+
+
 def test_demo_continues_what_is_there_and_nothing_else(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = say(capsys, "demo", tiny, "--source", "fluent-emoji")
     assert code == 2 and "clips.source is 'shapes'" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -95,7 +96,9 @@ def test_a_child_that_somebody_else_stopped_is_no_failure(run: Run, monkeypatch:
 
 
 def test_children_that_do_not_listen_are_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)")
+    stand_in(
+        monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    )
     stop_all = local._stop_all
     monkeypatch.setattr(local, "_stop_all", lambda queue: stop_all(queue, 0.1))
     stop, log = StopFlag(), run.log("train-monolith")
@@ -130,7 +133,7 @@ def test_each_gpu_has_one_job_at_a_time(
     pipeline.train_all(run, workers=4)
     spans = sorted(json.loads(line) for line in (run.root / "gpus").read_text().splitlines())
     assert len(spans) == 4 and {gpu for gpu, _, _ in spans} == names
-    for (gpu, _, ended), (other, began, _) in zip(spans, spans[1:], strict=False):
+    for (gpu, _, ended), (other, began, _) in itertools.pairwise(spans):
         assert gpu != other or began >= ended
 
 
