@@ -241,7 +241,8 @@ def _print_table(opened: Any) -> None:
 
     from archipel.evaluation.stage import rich_table
 
-    Console().print(rich_table(opened))
+    console = Console()
+    console.print(rich_table(opened, console.width))
 
 
 # --- generating ------------------------------------------------------------------------------------------------------

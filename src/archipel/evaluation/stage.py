@@ -30,7 +30,7 @@ from archipel.evaluation.inputs import (
     probe_extractors,
     read_inputs,
 )
-from archipel.evaluation.intervals import FEW_GROUPS, Interval
+from archipel.evaluation.intervals import FEW_GROUPS
 from archipel.evaluation.measure import Frame, Score
 from archipel.partition.kmeans import one_thread
 from archipel.progress import Progress, StopFlag, log_to
@@ -207,12 +207,20 @@ def table(run: Run) -> list[dict[str, str]]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    low, high = (float("nan") if row[key] is None else float(row[key]) for key in ("low", "high"))
-    return str(Interval(float(row["value"]), low, high))
+    """``0.46 [0.34, 0.58]``, short enough for three columns in a terminal; the files have all digits."""
+    value, low, high = (_short(row[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" if low or high else value
 
 
-def rich_table(run: Run) -> Table:
-    """``table`` for a terminal, with the verdict on the primary metric and the first notes below."""
+def _short(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.2g}"
+
+
+def rich_table(run: Run, width: int = 80) -> Table:
+    """``table`` for a terminal of ``width`` characters: the columns that fit, the verdict and the first notes below."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -220,10 +228,21 @@ def rich_table(run: Run) -> Table:
     primary = [one["verdict"] for one in extra.get("comparisons", []) if one.get("primary")]
     caption = "\n".join(chain(primary, extra.get("notes", [])[:2]))
     shown = Table(
-        title=f"{extra.get('clips')} clips per arm, {run.config.evaluate.split} split", caption=escape(caption)
+        title=f"{extra.get('clips')} clips per arm, {run.config.evaluate.split} split, 95 % intervals",
+        caption=escape(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
+    left = width
+    names = []
     for name in rows[0] if rows else ["arm"]:
-        shown.add_column(name, justify="left" if name == "arm" else "right")
+        left -= max(len(cell) for cell in [*name.split("-"), *(row[name] for row in rows)]) + 2
+        if left < 0:
+            break
+        names.append(name)
+        header = "\n".join(name.split("-"))
+        shown.add_column(header, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*(escape(cell) for cell in row.values()))
+        shown.add_row(*(escape(row[name]) for name in names))
     return shown
