@@ -13,7 +13,8 @@ import torch
 
 from archipel import cache, config, store
 from archipel.encoders import codecs, features
-from archipel.encoders.weights import weights_hash
+from archipel.encoders.text import POOLED_SCALE
+from archipel.encoders.weights import CODEC_CODE, FEATURES_CODE, TEXT_CODE, weights_hash
 from archipel.errors import ArchipelError, Stopped
 from archipel.manifest import read_manifest, rows_of
 from archipel.prepare import prepare
@@ -56,7 +57,7 @@ def test_every_entry_has_the_manifest_rows_and_its_own_contents(prepared: Run) -
     assert np.allclose(latents[:], codec.encode(codecs.from_uint8(frames)).numpy(), atol=1e-5)
     text = entries["text"]
     assert text["tokens"].shape == (len(clips), 16, 384) and text["mask"].dtype == np.bool_
-    assert np.allclose(np.linalg.norm(text["pooled"][:], axis=1), 1, atol=1e-4)
+    assert np.allclose(np.linalg.norm(text["pooled"][:], axis=1), POOLED_SCALE, rtol=1e-4)
     assert entries["features"].names == tuple(sorted(features.NAMES))
     row = len(clips) - 1
     alone = features.extract(features.NAMES, frames[row : row + 1], prepared.config.evaluate)
@@ -87,7 +88,8 @@ def test_keys_hold_all_that_made_the_rows(prepared: Run) -> None:
     assert latents["encoder"]["weights"] == store.sha256_file(prepared.codec / "model.safetensors")
     assert text["encoder"]["weights"] == weights_hash("minilm") and text["tokens"] == 16
     assert judged["encoder"] == {name: weights_hash(name) for name in ("efficientnet", "transnet")}
-    assert all(spec["dtype"] == "float32" and spec["code"] == 1 for spec in (latents, text, judged))
+    assert all(spec["dtype"] == "float32" for spec in (latents, text, judged))
+    assert (latents["code"], text["code"], judged["code"]) == (CODEC_CODE, TEXT_CODE, FEATURES_CODE)
 
 
 def test_log_is_written_and_every_folder_verifies(prepared: Run) -> None:

@@ -241,10 +241,23 @@ def test_table_is_small_and_printable(scored: tuple[Run, list[dict[str, Any]], d
     assert len({tuple(row) for row in rows}) == 1
     assert "[" in rows[0]["KID-efficientnet-appearance"]
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(stage.rich_table(run))
+    console.print(stage.rich_table(run, 200))
     text = console.export_text()
     assert "too few clips to conclude" in text
     assert rows[0]["motion"] in text
+
+
+def test_table_drops_columns_rather_than_breaking_lines(
+    scored: tuple[Run, list[dict[str, Any]], dict[str, Any]],
+) -> None:
+    from rich.console import Console
+
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(stage.rich_table(scored[0], 80))
+    lines = console.export_text().splitlines()
+    body = [line for line in lines if line.split()[:1] in (["codec"], ["real"], ["top1"], ["monolith"], ["full"])]
+    assert len(body) == 5 and all("[" in line and len(line) <= 80 for line in body)
+    assert not any("…" in line for line in lines)
 
 
 def test_second_call_does_nothing_and_a_lost_score_is_made_again_alike(tmp_path: Path) -> None:
