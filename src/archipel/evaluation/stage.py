@@ -234,7 +234,7 @@ def rich_table(run: Run, width: int = 80) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    left = width
+    left = width - 2  # the edges
     names = []
     for name in rows[0] if rows else ["arm"]:
         left -= max(len(cell) for cell in [*name.split("-"), *(row[name] for row in rows)]) + 2
