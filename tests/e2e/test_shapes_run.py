@@ -3,66 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from archipel import store
+from archipel import pipeline, store
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["--set", "expert.steps=30", "--set", "router.steps=20", "--set", "evaluate.count=8", "--set", "sample.steps=4"]
-# Smaller than preset tiny: these tests are about the flow, not the clips.
-SMALL = [*QUICK, "--set", "clips.count=48", "--set", "expert.checkpoint_every=5", "--set", "router.checkpoint_every=5"]
+Shell = Callable[..., "subprocess.CompletedProcess[str]"]
+Inside = Callable[..., tuple[int, str]]
 
 
-def archipel(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "archipel.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment())
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run; tests that change it work on a copy."""
-    root = tmp_path_factory.mktemp("e2e") / "run"
-    made = archipel("init", root, "--source", "shapes", "--preset", "tiny", *SMALL)
-    assert made.returncode == 0, made.stderr
-    done = archipel("run", root)
-    assert done.returncode == 0, done.stderr
-    assert "report" in done.stderr
-    return root
-
-
-def copy_of(run: Path, folder: Path) -> Path:
-    shutil.copytree(run, folder)
-    return folder
-
-
-def test_every_stage_left_its_files(finished: Path) -> None:
+def test_every_stage_left_its_files(finished: Path, archipel: Shell) -> None:
     status = json.loads(archipel("status", finished, "--json").stdout)
+    assert status["format"] == 1 and status["root"] == str(finished)
+    assert status["run"] == store.sha256_file(finished / "run.toml")
+    assert [s["name"] for s in status["stages"]] == list(pipeline.STAGES)
     assert [(s["name"], s["state"]) for s in status["stages"] if s["state"] != "done"] == []
-    assert {job["state"] for job in status["jobs"]} == {"done"}
+    assert [job["name"] for job in status["jobs"]] == ["0", "1", "monolith", "router"]
+    for job in status["jobs"]:
+        assert job["state"] == "done" and job["step"] == job["steps"] > 0 and job["loss"] > 0
     for name in ("0", "1", "monolith"):
         card = store.read_json(finished / "experts" / name / "card.json")
         assert card["resumed"] == 0
         assert card["sha256"] == store.sha256_file(finished / "experts" / name / "model.safetensors")
         assert all("step" in row for row in store.read_jsonl(finished / "experts" / name / "metrics.jsonl"))
     assert (finished / "router" / "card.json").exists()
+    logs = {path.stem for path in (finished / "logs").glob("*.log")}
+    assert logs >= {"prepare", "partition", "train-0", "train-router", "route", "generate", "evaluate", "report", "run"}
 
 
 def test_the_ledger_is_matched_and_adds_up(finished: Path) -> None:
     ledger = store.read_json(finished / "ledger.json")
+    assert set(ledger["experts"]) == {"0", "1"}
     total = sum(ledger["experts"].values()) + ledger["router"]
     assert ledger["ratio"] == pytest.approx(total / ledger["monolith"])
     assert abs(ledger["ratio"] - 1) <= 0.01
@@ -74,7 +55,7 @@ def test_scores_have_protocols_and_intervals(finished: Path) -> None:
     arms = {row["arm"] for row in rows}
     assert {"top1", "top2", "full", "threshold", "ancestral", "oracle", "monolith", "real"} <= arms
     for row in rows:
-        assert set(row) >= {"arm", "metric", "value", "low", "high", "n", "groups", "protocol"}
+        assert set(row) == {"arm", "metric", "value", "low", "high", "n", "groups", "protocol"}
         if None not in (row["value"], row["low"], row["high"]):
             assert row["low"] <= row["value"] <= row["high"], row
 
@@ -95,115 +76,20 @@ def test_the_report_is_one_self_contained_page(finished: Path) -> None:
         assert outside not in page
 
 
-def test_a_second_run_does_nothing_again(finished: Path) -> None:
-    cards = {path: path.stat().st_mtime_ns for path in finished.rglob("card.json")}
-    again = archipel("run", finished)
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("card.json") if path in cards} == cards
+def test_same_seed_same_bytes(finished: Path, tmp_path: Path, archipel: Shell, inside: Inside) -> None:
+    def words(name: str, seed: int) -> list[object]:
+        return [
+            "generate", finished, "a red ball bounces", "--strategy", "top1", "--steps", 2, "--seed", seed,
+            "-o", tmp_path / name,
+        ]  # fmt: skip
 
-
-def test_same_seed_same_bytes(finished: Path, tmp_path: Path) -> None:
-    def make(name: str, *more: object) -> bytes:
-        done = archipel("generate", finished, "a red ball bounces", "--steps", 3, *more, "-o", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / name).read_bytes()
-
-    first = make("1.mp4", "--strategy", "top1", "--seed", 1)
-    assert first == make("2.mp4", "--strategy", "top1", "--seed", 1)
-    assert first != make("3.mp4", "--strategy", "top1", "--seed", 2)
-    assert make("4.webp", "--strategy", "monolith", "--seed", 1)
-    assert make("5.gif", "--strategy", "ancestral", "--seed", 1)
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["x" * 10_000], "10000"),
-        (["   "], "empty"),
-        (["a ball", "--steps", "0"], "steps"),
-        (["a ball", "--steps", "-3"], "steps"),
-        (["a ball", "--strategy", "top-1"], "top1"),
-        (["a ball", "-o", "clip.xyz"], "mp4"),
-    ],
-)
-def test_impossible_wishes_are_refused(finished: Path, tmp_path: Path, words: list[str], named: str) -> None:
-    words = [str(tmp_path / word) if word.endswith(".xyz") else word for word in words]
-    done = archipel("generate", finished, *words)
-    assert done.returncode == 2, done.stderr
-    assert named in done.stderr.lower().replace(",", "")
-    assert "Traceback" not in done.stderr
-
-
-def test_verify_names_a_damaged_file(finished: Path, tmp_path: Path) -> None:
-    run = copy_of(finished, tmp_path / "run")
-    assert archipel("verify", run).returncode == 0
-    for victim in ("experts/0/model.safetensors", "shards/1/train.safetensors"):
-        path = run / victim
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    found = archipel("verify", run)
-    assert found.returncode == 2
-    assert "experts/0/model.safetensors" in found.stderr and "shards/1/train.safetensors" in found.stderr
-    assert archipel("generate", run, "a ball", "--strategy", "full", "-o", tmp_path / "x.mp4").returncode == 2
-
-
-def test_an_edited_run_toml_is_noticed(finished: Path, tmp_path: Path) -> None:
-    run = copy_of(finished, tmp_path / "run")
-    path = run / "run.toml"
-    path.write_text(path.read_text().replace("guidance =", "guidance  ="))
-    done = archipel("run", run)
-    assert done.returncode == 2 and "changed" in done.stderr
-
-
-def _wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, "it ended early"
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_killed_runs_continue_to_the_same_bits(
-    finished: Path, tmp_path: Path, how: signal.Signals
-) -> None:
-    """Stop `archipel run` in the middle of training, by Ctrl-C or kill -9 of the parent: started again, same weights."""
-    run = copy_of(finished, tmp_path / "run")
-    for made in ("experts", "router", "samples", "scores", "report", "ledger.json"):
-        path = run / made
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    command = [sys.executable, "-m", "archipel.cli", "run", str(run)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
-    _wait_for(run / "experts" / "monolith" / "checkpoints" / "5" / "manifest.json", process)
-    process.send_signal(how)
-    _, said = process.communicate(timeout=120)
-    if how is signal.SIGINT:
-        assert process.returncode == 130, said
-        assert b"Traceback" not in said
-    deadline = time.monotonic() + 60  # the killed parent's children notice, save and stop
-    while subprocess.run(["pgrep", "-f", str(run)], capture_output=True, check=False).stdout:
-        assert time.monotonic() < deadline, "children outlived their parent"
-        time.sleep(0.2)
-    for name in ("0", "1", "monolith"):
-        done = archipel("train", run, name, "--threads", 1)
-        assert done.returncode == 0, done.stderr
-        model = Path("experts") / name / "model.safetensors"
-        assert (run / model).read_bytes() == (finished / model).read_bytes(), name
-
-
-def test_a_second_process_on_the_same_expert_is_refused(finished: Path, tmp_path: Path) -> None:
-    run = copy_of(finished, tmp_path / "run")
-    shutil.rmtree(run / "experts" / "0")
-    slow = subprocess.Popen([sys.executable, "-m", "archipel.cli", "train", str(run), "0"], env=environment())
-    try:
-        _wait_for(run / "experts" / "0" / "progress.json", slow)
-        second = archipel("train", run, "0")
-        assert second.returncode == 2, second.stderr
-        assert "another process" in second.stderr
-    finally:
-        slow.kill()
-        slow.wait()
+    done = archipel(*words("1.mp4", 1))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / '1.mp4'}\n"
+    for name, seed in (("2.mp4", 1), ("3.mp4", 2)):
+        assert inside(*words(name, seed))[0] == 0
+    first, second, third = ((tmp_path / f"{number}.mp4").read_bytes() for number in (1, 2, 3))
+    assert first == second and first != third
 
 
 def test_samples_are_not_noise(finished: Path) -> None:
@@ -212,3 +98,93 @@ def test_samples_are_not_noise(finished: Path) -> None:
     assert clips.ndim == 5 and clips.shape[-1] == 3 and clips.shape[0] == 8
     left, right = clips[:, :, :, :-1].ravel(), clips[:, :, :, 1:].ravel()
     assert np.corrcoef(left, right)[0, 1] > 0.3
+
+
+def test_a_moved_run_goes_on_from_another_folder_and_through_a_link(
+    copy: Path, tmp_path: Path, archipel: Shell, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in a run says where it lies. A second `run` does nothing again; what is missing is made."""
+    cards = {path: path.stat().st_mtime_ns for path in copy.rglob("card.json")}
+    (copy / "scores" / "test.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to("../copy")
+    again = archipel("run", "link", cwd=tmp_path / "elsewhere")
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("card.json")} == cards
+    assert (copy / "scores" / "test.json").exists()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert inside("verify", "../copy")[0] == 0
+
+
+def test_no_file_of_a_run_names_its_place(finished: Path) -> None:
+    place = finished.parent.name.encode()
+    for path in finished.rglob("*"):
+        if path.is_file() and path.parent.name != "logs":
+            assert place not in path.read_bytes(), path
+
+
+# --- interrupted, killed, in time ------------------------------------------------------------------------------------
+
+
+def _wait_for(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, f"it ended early: {process.stderr and process.stderr.read()}"
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def _children(root: Path) -> list[str]:
+    """Command lines of the processes that train in this run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if f"-- {root} " in line:
+            found.append(line)
+    return found
+
+
+def test_ctrl_c_and_kill_9_in_training_cost_no_bit(finished: Path, copy: Path, environment: dict[str, str]) -> None:
+    """`archipel run` interrupted, started again and killed: the children stop, and the weights come out the same."""
+    for made in ("experts", "router", "samples", "scores", "report"):
+        shutil.rmtree(copy / made)
+    (copy / "ledger.json").unlink()
+    command = [sys.executable, "-m", "archipel.cli", "run", str(copy), "--threads", "1"]
+    checkpoints = copy / "experts" / "monolith" / "checkpoints"
+    for how, step in ((signal.SIGINT, 5), (signal.SIGKILL, 15)):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        _wait_for(lambda step=step: (checkpoints / f"{step:08d}" / "manifest.json").exists(), process)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=120)
+        assert "Traceback" not in said
+        if how is signal.SIGINT:
+            assert process.returncode == 130, said
+            assert _children(copy) == []
+        else:
+            end = time.monotonic() + 60
+            while _children(copy):
+                assert time.monotonic() < end, "children outlived their parent"
+                time.sleep(0.05)
+    run = pipeline.open_run(copy)
+    for name in ("monolith", "0", "1"):
+        pipeline.train(run, name, threads=1)
+        model = f"experts/{name}/model.safetensors"
+        assert (copy / model).read_bytes() == (finished / model).read_bytes(), name
+    assert store.read_json(copy / "experts" / "monolith" / "card.json")["resumed"] == 2
+
+
+def test_a_time_limit_ends_well_and_a_second_process_is_refused(copy: Path, finished: Path, inside: Inside) -> None:
+    shutil.rmtree(copy / "experts" / "0")
+    with store.lock(copy / ".locks" / "train-0.lock", "a test"):
+        code, said = inside("train", copy, "0")
+        assert code == 2 and "another process" in said
+    code, said = inside("train", copy, "0", "--for", "0.2s", "--threads", 1)
+    assert code == 0 and "time limit" in said, said
+    progress = store.read_json(copy / "experts" / "0" / "progress.json")
+    assert progress["step"] < progress["steps"] and not (copy / "experts" / "0" / "card.json").exists()
+    assert inside("train", copy, "0")[0] == 0
+    model = "experts/0/model.safetensors"
+    assert (copy / model).read_bytes() == (finished / model).read_bytes()
