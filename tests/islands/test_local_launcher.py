@@ -62,6 +62,15 @@ def test_all_jobs_run_the_longest_first(run: Run, monkeypatch: pytest.MonkeyPatc
     assert (run.root / "order").read_text().splitlines() == [f"{name} 3" for name in JOBS]
 
 
+def test_the_last_job_gets_the_threads_it_would_have_had_among_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that was interrupted during its last job would not continue bit for bit."""
+    stand_in(monkeypatch, "open(root + '/threads', 'a').write(os.environ['OMP_NUM_THREADS'] + ' ')")
+    monkeypatch.setattr(local, "cores", lambda: 4)
+    local.launch(run, run.job_names, StopFlag())
+    local.launch(run, [MONOLITH], StopFlag())
+    assert (run.root / "threads").read_text().split() == ["1"] * (len(run.job_names) + 1)
+
+
 @pytest.mark.parametrize(
     ("code", "says", "exit_code"),
     [

@@ -13,7 +13,8 @@ import pytest
 
 from archipel import config as configuration
 from archipel import store
-from archipel.report import report
+from archipel.evaluation import verdicts
+from archipel.report import checks, report, scores
 from archipel.report.stage import render
 from archipel.run import Run
 
@@ -211,11 +212,16 @@ def test_the_codec_stands_first_and_the_primary_metric_is_marked(full_run: Run) 
 def test_copying_has_its_own_table_and_says_what_may_be_said(full_run: Run) -> None:
     text = render(full_run)
     section = text[text.index('<h2 id="copying">') : text.index('<h2 id="router">')]
-    assert "train-before-test" in section and "Top1 lies no nearer" in section and "0.5 is no copying" in section
+    assert "train-over-test" in section and "Top1 lies no nearer" in section and "0.5 is no copying" in section
     assert (
-        "train-before-test"
-        not in text[text.index('<h2 id="scores">') : text.index("What each score was computed with")]
+        "train-over-test" not in text[text.index('<h2 id="scores">') : text.index("What each score was computed with")]
     )
+
+
+def test_what_evaluation_calls_copying_stands_in_that_table_and_is_explained() -> None:
+    assert {scores.family(metric) for metric in verdicts.COPYING} == {scores.COPYING}
+    explained = {name for names, _ in checks.MEANINGS for name in names.split(", ")}
+    assert explained == set(verdicts.COPYING)
 
 
 def test_an_empty_run_names_the_command_for_every_part(empty_run: Run) -> None:

@@ -268,3 +268,15 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path, make_run) -> None:
     shutil.copytree(other.shard("0"), one.shard("0"))
     with pytest.raises(ArchipelError, match=r"latents \(7, 2, 2, 2\)"):
         train(one, "0", threads=1)
+
+
+def test_weights_that_no_gradient_reaches_are_kept_in_checkpoints(tmp_path: Path, make_run) -> None:
+    """Without single blocks nothing reads the last double block's text stream."""
+    made = [make_run(tmp_path / name, expert={"double_blocks": 1, "single_blocks": 0, "steps": 6}) for name in "ab"]
+    train(made[0], "0", threads=1)
+    with pytest.raises(Stopped):
+        train(made[1], "0", threads=1, stop=After(4))
+    train(made[1], "0", threads=1)
+    cards = [store.read_card(run.expert("0")) for run in made]
+    assert cards[0] is not None and cards[1] is not None and cards[1]["resumed"] == 1
+    assert cards[0]["sha256"] == cards[1]["sha256"]

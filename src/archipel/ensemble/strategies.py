@@ -145,7 +145,9 @@ def random_expert(seeds: Sequence[int], k: int) -> Fixed:
     return one_each(np.minimum((u * k).astype(np.int64), k - 1), k)
 
 
-def text_posterior(router: Posterior, cond: Conditioning, shape: Sequence[int], noises: int = 8) -> Tensor:
+def text_posterior(
+    router: Posterior, cond: Conditioning, shape: Sequence[int], noises: int = draws.ROUTE_NOISES
+) -> Tensor:
     """p(k | c), (B, K) on the CPU: what the captions alone say about the cluster.
 
     At t = 1 the state is pure noise, x_1 = eps, and carries nothing of the clip, so p(k | x_1, 1, c) = p(k | c): the router

@@ -20,6 +20,8 @@ ROUTE = 4
 CHOICE = 5
 PHASE = 6
 
+ROUTE_NOISES = 8  # fixed noises that p(k | c) is averaged over: the router's forwards per clip for "ancestral"
+
 
 def generator(seed: int, purpose: int, step: int = 0, item: int = 0) -> np.random.Generator:
     """The stream of (seed, purpose, step, item): whole numbers in [0, 2^63). Raises ValueError outside."""

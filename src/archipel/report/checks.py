@@ -51,8 +51,9 @@ def probe(facts: Mapping[str, Any], primary: str) -> dict[str, Any]:
 
 MEANINGS = (
     (
-        "train-before-test",
-        "of equally many training clips and unseen real clips, how often the nearest is a training clip; 0.5 is no copying",
+        "train-over-test",
+        "distance to the nearest training clip over that to the nearest unseen real clip: how often it is smaller than an "
+        "unseen real clip's own; 0.5 is no copying",
     ),
     (
         "share-nearer-train",

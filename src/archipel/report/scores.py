@@ -45,7 +45,7 @@ def family(metric: str) -> str:
     name = metric.lower()
     if name.startswith("cluster-share"):
         return CLUSTERS
-    if name.startswith(("nearest-", "share-nearer", "train-before")) or name in (
+    if name.startswith(("nearest-", "share-nearer", "train-over")) or name in (
         "precision",
         "recall",
         "density",

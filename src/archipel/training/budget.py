@@ -13,6 +13,7 @@ from archipel import FORMAT, store
 from archipel.backbones import flops
 from archipel.config import RunConfig
 from archipel.errors import ConfigError
+from archipel.flow.draws import ROUTE_NOISES
 from archipel.run import MONOLITH, ROUTER, Run
 
 ROUTER_SHARE = 0.05  # of the training budget, at most
@@ -122,17 +123,18 @@ def _training(run: Run, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _sampling(config: RunConfig) -> dict[str, Any]:
     """Planned FLOPs per generated clip by strategy: experts and router apart, the codec not counted.
 
-    Guidance evaluates each chosen expert twice. ``threshold`` takes between one expert and all: the bound is given.
+    Guidance (other than 0 and 1) evaluates each chosen expert twice. ``threshold`` takes between one expert and all: the
+    bound is given. ``ancestral`` asks the router before the first step only, with each of its fixed noises.
     """
     part, k = config.sample, config.partition.k
     evaluations = part.steps if part.solver == "euler" else 2 * part.steps - 1
-    branches = 1 if part.guidance == 1 else 2
+    branches = 1 if part.guidance in (0, 1) else 2
     per_clip, per_route = flops.expert_forward_flops(config), flops.router_forward_flops(config)
     experts = {"top1": 1, "top2": min(2, k), "full": k, "threshold": k, "ancestral": 1, "oracle": 1, MONOLITH: 1}
-    asked = branches if part.composition == "guided-mixture" else 1
+    asked = 2 if part.composition == "guided-mixture" and part.guidance != 1 else 1
     table = {}
     for strategy, count in experts.items():
-        routes = evaluations * asked if strategy in _ROUTED else int(strategy == "ancestral")
+        routes = evaluations * asked if strategy in _ROUTED else ROUTE_NOISES * (strategy == "ancestral")
         own, routing = evaluations * branches * count * per_clip, routes * per_route
         table[strategy] = {"experts": own, "router": routing, "total": own + routing, "evaluations": evaluations}
     return {"per_clip": table, "bounds": {"threshold": "at most"}, "active_experts": experts}

@@ -146,11 +146,17 @@ class Trainer:
         groups: dict[str, Mapping[str, Tensor]] = {
             "weight": dict(self.named),
             "average": self.ema.tensors,
-            "moment1": {name: self.optimizer.state[p]["exp_avg"] for name, p in self.named},
-            "moment2": {name: self.optimizer.state[p]["exp_avg_sq"] for name, p in self.named},
+            "moment1": {name: self._moment(p, "exp_avg") for name, p in self.named},
+            "moment2": {name: self._moment(p, "exp_avg_sq") for name, p in self.named},
             "best": self.best_tensors,
         }
         return {f"{g}/{n}": v.detach().cpu().numpy() for g, values in groups.items() for n, v in values.items()}
+
+    def _moment(self, p: Tensor, name: str) -> Tensor:
+        """AdamW's moment of a parameter; zeros where no gradient reaches it (the last double block's text stream, where
+        no single block follows), which AdamW keeps no state for."""
+        state = self.optimizer.state.get(p, {})
+        return state[name] if name in state else torch.zeros_like(p)
 
     @torch.no_grad()
     def restore(self, found: Checkpoint) -> None:

@@ -207,7 +207,9 @@ def launch(
     names = in_order(run, [name for name in names if not run.done(run.expert(name))])
     if not names:
         return
-    slots = _gpus(accelerators) or [""] * (workers or min(cores(), len(names)))
+    # By all of the run's jobs, not by those that are left: with other threads than it began with, a job would not
+    # continue bit for bit.
+    slots = _gpus(accelerators) or [""] * (workers or min(cores(), len(run.job_names)))
     queue = _Queue(run, threads or max(1, cores() // len(slots)), list(names), slots)
     scale = 1000 / max(_work(run, names), 1e-9)
 
