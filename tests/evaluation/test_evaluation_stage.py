@@ -257,7 +257,7 @@ def test_table_drops_columns_rather_than_breaking_lines(
     lines = console.export_text().splitlines()
     body = [line for line in lines if line.split()[:1] in (["codec"], ["real"], ["top1"], ["monolith"], ["full"])]
     assert len(body) == 5 and all("[" in line and len(line) <= 80 for line in body)
-    assert not any("…" in line for line in lines)
+    assert not any("…" in line for line in lines), "\n".join(lines)
 
 
 def test_second_call_does_nothing_and_a_lost_score_is_made_again_alike(tmp_path: Path) -> None:

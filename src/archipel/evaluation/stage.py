@@ -237,7 +237,7 @@ def rich_table(run: Run, width: int = 80) -> Table:
     left = width - 2  # the edges
     names = []
     for name in rows[0] if rows else ["arm"]:
-        left -= max(len(cell) for cell in [*name.split("-"), *(row[name] for row in rows)]) + 2
+        left -= max(len(cell) for cell in [*name.split("-"), *(row[name] for row in rows)]) + 3
         if left < 0:
             break
         names.append(name)
