@@ -108,6 +108,23 @@ def test_balanced_bounds_every_cluster(make_run: Make, make_blobs: Make) -> None
     assert min(train) >= 2
 
 
+def test_held_out_clips_of_a_balanced_partition_follow_the_rule_of_the_training_clips(make_run: Make) -> None:
+    """By distance alone the centroid with the most training clips around it would take nearly all of them."""
+    generator = np.random.default_rng(7)
+    features = np.concatenate([generator.normal(size=(300, 8)) + 2, generator.normal(size=(60, 8)) - 2])
+    run = make_run(features, list(range(360)), k=3, balanced=True)
+    partition(run)
+    cluster, manifest = load_assignment(run), read_manifest(run.manifest)
+    train = np.array([clip.split == "train" for clip in manifest])
+    followed = nearest(run, features)
+    assert np.array_equal(followed[~train], cluster[~train])
+    assert np.abs(np.bincount(followed[train], minlength=3) / train.sum() - 1 / 3).max() < 0.02
+    shares = np.bincount(cluster[~train], minlength=3) / (~train).sum()
+    assert shares.min() > 0.2 and shares.max() < 0.47
+    offset = store.map_tensors(run.partition / "centroids.safetensors")["offset"]
+    assert offset.min() == 0 and offset.max() > 0
+
+
 def test_every_expert_has_clips_where_all_features_are_alike(make_run: Make) -> None:
     run = make_run(np.ones((40, 4)), (np.arange(40) // 2).tolist(), k=4)
     partition(run)

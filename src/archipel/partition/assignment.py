@@ -34,8 +34,9 @@ def load_assignment(run: Run) -> np.ndarray:
 def nearest(run: Run, features: np.ndarray) -> np.ndarray:
     """Cluster (B,) int64 of the nearest centroid for raw features (B, D) of the extractor the partition was made with.
 
-    For clips of the run itself ``load_assignment`` is the answer (whole groups); this is for clips outside it. In a
-    random partition the centroids lie close together and the answer means little.
+    Where clusters are balanced, after the partition's offsets. For clips of the run itself ``load_assignment`` is the
+    answer (whole groups); this is for clips outside it. In a random partition the centroids lie close together and the
+    answer means little.
     """
     run.need(run.partition, "partition")
     found = store.map_tensors(run.partition / "centroids.safetensors")
@@ -46,4 +47,4 @@ def nearest(run: Run, features: np.ndarray) -> np.ndarray:
             f"the partition was made with {run.config.partition.features}"
         )
     distance = kmeans.distances(kmeans.project(features, found["mean"]), found["coarse"])
-    return np.asarray(distance.argmin(1))
+    return np.asarray((distance + found.get("offset", 0)).argmin(1))

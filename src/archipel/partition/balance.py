@@ -7,6 +7,7 @@ import numpy as np
 from archipel.partition.kmeans import Centroids, Groups, distances, unit_rows
 
 _ROUNDS = 20
+_STEPS, _STEP, _COOLING = 2000, 0.05, 0.998
 
 
 def capacity(clips: np.ndarray, k: int) -> int:
@@ -52,6 +53,23 @@ def refine(groups: Groups, centroids: Centroids) -> tuple[Centroids, np.ndarray]
         coarse, before = means(groups, assignment, coarse), assignment
     assignment = assign(distances(groups.points, coarse), groups.clips)
     return Centroids(centroids.mean, coarse, centroids.fine, distances(centroids.fine, coarse).argmin(1)), assignment
+
+
+def offsets(distance: np.ndarray, clips: np.ndarray) -> np.ndarray:
+    """What to add to distances (G, K) so that the nearest centroid fills clusters evenly: (K,) float32, smallest 0.
+
+    The prices of the transport problem that ``assign`` solves greedily, by subgradient steps (Bertsekas 1988): clips that
+    nothing was fitted on are placed by the same rule as those that were, instead of by distance alone. For clips (G,).
+    """
+    shares = clips / clips.sum()
+    price = best = np.zeros(distance.shape[1])
+    worst = np.inf
+    for number in range(_STEPS):
+        excess = np.bincount((distance + price).argmin(1), shares, len(price)) - 1 / len(price)
+        if np.abs(excess).max() < worst:
+            worst, best = float(np.abs(excess).max()), price
+        price = price + _STEP * _COOLING**number * len(price) * excess
+    return np.asarray(best - best.min(), np.float32)
 
 
 def means(groups: Groups, assignment: np.ndarray, fallback: np.ndarray) -> np.ndarray:

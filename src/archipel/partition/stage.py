@@ -110,6 +110,9 @@ class Clustering:
         self.points = kmeans.project(features, mean)
         groups = kmeans.gather(self.points[self.train], [clips[row].group for row in self.train])
         self.centroids, owner, self.moved = assign_training(groups, mean, config, config.run.seed)
+        self.offset = np.zeros(config.partition.k, np.float32)
+        if config.partition.balanced and config.partition.method != "random":
+            self.offset = balance.offsets(kmeans.distances(groups.points, self.centroids.coarse), groups.clips)
         self.groups = groups
         self.cluster = np.full(len(clips), -1, np.int64)
         self.cluster[self.train] = owner[groups.of_clip]
@@ -120,7 +123,8 @@ class Clustering:
         self.fine = kmeans.distances(self.points, self.centroids.fine).argmin(1)
 
     def _place(self, split: Any) -> None:
-        """Groups that no centroid was fitted on: to the nearest, or dealt out for the random control."""
+        """Groups that no centroid was fitted on: to the nearest (by the offsets, where clusters are balanced), or dealt
+        out for the random control."""
         rows = np.array(rows_of(list(self.clips), split), np.int64)
         if not len(rows):
             return
@@ -128,7 +132,7 @@ class Clustering:
         if self.config.partition.method == "random":
             owner = controls.deal(groups.clips, self.config.partition.k, self.config.run.seed, split)
         else:
-            owner = kmeans.distances(groups.points, self.centroids.coarse).argmin(1)
+            owner = (kmeans.distances(groups.points, self.centroids.coarse) + self.offset).argmin(1)
         self.cluster[rows] = owner[groups.of_clip]
 
     def again(self, rerun: int) -> np.ndarray:
@@ -198,6 +202,7 @@ def _write_tables(folder: Path, result: Clustering, numbers: dict[str, Any]) -> 
         "coarse": found.coarse,
         "fine": found.fine,
         "fine_cluster": found.fine_cluster.astype(np.int64),
+        "offset": result.offset,
     }
     store.write_tensors(folder / "centroids.safetensors", tensors)
     table = pa.table(
