@@ -1,0 +1,101 @@
+"""Every head-to-head runs at a toy size: contenders agree, and the record says what the page needs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench/ is not installed: it is a folder of the clone. What importing it says to the environment is undone."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+def check(record: dict[str, Any], name: str, against: set[str]) -> None:
+    assert record == json.loads(json.dumps(record)), "a record is plain JSON"
+    assert record["benchmark"] == name
+    assert {"what", "date", "commit", "machine", "load", "busy", "facts", "tables"} <= set(record)
+    assert record["machine"]["threads"] == 1 and record["machine"]["cpu"]
+    assert {row["against"] for row in record["rows"]} == against
+    for row in record["rows"]:
+        assert row["seconds"] > 0 and row["seconds_against"] > 0
+        for clock in ("wall", "cpu"):
+            assert 0 < row[clock]["p10"] <= row[clock]["median"] <= row[clock]["p90"]
+        assert row["judged_by"] == ("cpu" if record["busy"] else "wall")
+        assert row["met"] is (None if row["aim"] is None else row[row["judged_by"]]["median"] <= row["aim"])
+
+
+@pytest.mark.parametrize(
+    ("name", "against"),
+    [
+        ("frechet", {"scipy.linalg.sqrtm", "torchmetrics"}),
+        ("cache_reading", {"webdataset", "datasets (arrow, numpy format)"}),
+        ("top1", {"monolith"}),
+        ("training_step", {"a bare loop"}),
+    ],
+)
+def test_a_quick_benchmark_gives_a_whole_record(name: str, against: set[str]) -> None:
+    check(importlib.import_module(f"bench.{name}").run(small=True), name, against)
+
+
+@pytest.mark.slow
+def test_representations_are_compared_at_equal_flops() -> None:
+    module = importlib.import_module("bench.representation")
+    arms = ["pca 4x8x8 C=64 gamma .5", "pixels 4x8x8 x0"]
+    record = module.run(small=True, arms=arms)
+    check(record, "representation", set())
+    codecs, samples = record["tables"].values()
+    assert [row["arm"] for row in samples] == ["real clips", *arms]
+    assert all(row["seam_space"] > 0 and row["FD train"] > 0 for row in samples[1:])
+    spent = [row["steps"] * row["GFLOP a clip"] * module.RECIPE["batch"] for row in samples[1:]]
+    step = max(row["GFLOP a clip"] for row in samples[1:]) * module.RECIPE["batch"]
+    assert all(abs(one - 1e3 * record["facts"]["TFLOP an arm"]) <= step for one in spent)
+    by_name = {row["codec"]: row["psnr"] for row in codecs}
+    assert by_name["pca 4x8x8 C=32"] < by_name["pca 4x8x8 C=64"] < by_name["pca 4x8x8 C=128"]
+
+
+def test_the_page_says_what_was_missed_and_that_the_machine_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, page = importlib.import_module("bench.common"), importlib.import_module("bench.__main__").page
+    wall, cpu, one = [2.0, 2.2, 2.4], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]
+    records = {}
+    for load in (0.0, 9.0):
+        monkeypatch.setattr(common, "load_beyond_ours", lambda load=load: load)
+        with common.Benchmark("mine", "a thing", []) as benchmark:
+            ours, theirs = common.Seconds(wall, cpu), common.Seconds(one, one)
+            benchmark.rows += [
+                common.versus("ours", "a peer", ours, theirs, 1.0),
+                common.versus("no aim", "x", ours, theirs),
+            ]
+        records[str(load)] = benchmark.record
+    quiet, busy = records.values()
+    assert [(row["judged_by"], row["met"]) for row in quiet["rows"]] == [("wall", False), ("wall", None)]
+    assert [(row["judged_by"], row["met"]) for row in busy["rows"]] == [("cpu", True), ("cpu", None)]
+    first, second = (line for line in page("2026-01-02", records).splitlines() if line.startswith("| ours"))
+    assert "2.200 (2.000 to 2.400)" in first and "at most 1" in first and first.endswith("| **no** |")
+    assert "0.500 (0.500 to 0.500)" in second and second.endswith("| yes |")
+    assert [page("", {"": record}).count("**The machine was busy") for record in (quiet, busy)] == [0, 1]
+
+
+def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
+    common = importlib.import_module("bench.common")
+    calls: list[str] = []
+    taken = common.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 2)
+    assert calls == list("abcbcacab")
+    assert {name: len(seconds.wall) for name, seconds in taken.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_contenders_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, frechet = importlib.import_module("bench.common"), importlib.import_module("bench.frechet")
+    monkeypatch.setitem(frechet.CONTENDERS, "torchmetrics", lambda *_: 0.0)
+    monkeypatch.setattr(common, "interleave", lambda *_: pytest.fail("was timed"))
+    with pytest.raises(common.DifferentError, match="torchmetrics"):
+        frechet.run(small=True)
