@@ -41,21 +41,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # At most 12 minutes on two cores, one emoji package. docs/log.md has the measurements behind the numbers.
     "demo": {
-        "clips": {"source": "fluent-emoji", "packages": [3], "min_motion": 0.001, "phases": 3},
+        "clips": {"source": "fluent-emoji", "packages": [3], "min_motion": 0.001, "phases": 8},
         "codec": {"channels": 64},
         "text": {"tokens": 12},
         "partition": {"balanced": True},
-        "expert": {"steps": 1300, "batch": 8, "lr": 4e-3},
-        "router": {"steps": 600, "batch": 24},
+        "expert": {"steps": 1000, "batch": 8, "lr": 4e-3},
+        "router": {"steps": 500, "batch": 24},
         "sample": {"steps": 12},
         "evaluate": {"count": 94},
     },
     # Hours on two cores, all four packages.
     "long": {
-        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001, "phases": 3},
+        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001, "phases": 8},
         "partition": {"balanced": True},
-        "expert": {"width": 192, "heads": 6, "single_blocks": 4, "steps": 2000, "batch": 16, "lr": 3e-3},
-        "router": {"steps": 1000, "batch": 48},
+        "expert": {"width": 192, "heads": 6, "single_blocks": 4, "steps": 1200, "batch": 16, "lr": 3e-3},
+        "router": {"steps": 600, "batch": 48},
         "evaluate": {"count": 224, "frames": 8},
     },
     # Minutes on one GPU, all four packages at 64x64 and 16 frames.

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from archipel.errors import DamagedError
 from archipel.flow import draws
 from archipel.flow.path import interpolate
-from archipel.flow.time import validation_times
 from archipel.routing.calibration import BINS, Draws
 from archipel.routing.router import Logits
 from archipel.training.batches import Batch, Clips, Shard, training_batch, validation_batches
@@ -32,7 +31,11 @@ _NOISE, _TIME = 102, 103
 
 
 class RouterObjective:
-    """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Labels must lie in [0, experts)."""
+    """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Labels must lie in [0, experts).
+
+    Times are uniform (DDM, section 3), not the experts' law: a sampler asks the router at t = 1 first, where that law
+    has next to no clips, and top-1 stays with what it hears there.
+    """
 
     def __init__(
         self,
@@ -42,14 +45,13 @@ class RouterObjective:
         *,
         seed: int,
         batch: int,
-        shift: float = 1.0,
         text_dropout: float = 0.0,
         device: str = "cpu",
     ) -> None:
         self.model, self.shard, self.experts = model.to(device), shard, experts
         self._seed, self._size, self._device = seed, batch, device
-        self._shift, self._dropout = shift, text_dropout
-        self._times = validation_times(TIMES, shift).tolist()
+        self._dropout = text_dropout
+        self._times = [(number + 0.5) / TIMES for number in range(TIMES)]
 
     def batch(self, step: int) -> Batch:
         return training_batch(
@@ -57,7 +59,7 @@ class RouterObjective:
             self._seed,
             step,
             self._size,
-            shift=self._shift,
+            shift=None,
             text_dropout=self._dropout,
             device=self._device,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +75,6 @@ def train_router(
             config.partition.k,
             seed=config.run.seed,
             batch=job.batch,
-            shift=config.expert.shift,
             text_dropout=config.expert.text_dropout,
             device=on,
         )
@@ -134,12 +134,31 @@ def _calibrate(run: Run, bar: Progress, device: str) -> None:
     fitted = calibration.fit(draws, prior)
     bar.advance()
     numbers = quality.measure(draws, prior, groups, fitted)
+    fitted = _first_do_no_harm(fitted, numbers)
     marks: dict[str, Any] = {"format": FORMAT, "run": run.id, "model_sha256": model_hash(folder), "split": "validation"}
     store.write_json(folder / QUALITY, {**marks, **numbers})
     about = {"n": len(rows), "groups": len(set(groups)), "draws": int(draws.logits.shape[2])}
     store.write_json(folder / CALIBRATION, seal({**marks, **about, **fitted.to_json()}))
     bar.advance()
     _say(numbers, len(rows))
+
+
+def _first_do_no_harm(fitted: calibration.Calibration, numbers: dict[str, Any]) -> calibration.Calibration:
+    """Keep a branch's temperatures only where they lower the cross-entropy of clips they were not fitted on.
+
+    With a few dozen validation clips one confident error can spoil a fit. Where they are not kept, ``numbers`` say what
+    the raw answers score, since those are what is used.
+    """
+    temperatures = fitted.temperatures.copy()
+    for branch, name in enumerate(quality.BRANCHES):
+        raw = numbers[name].get("uncalibrated") or {}
+        kept = raw.get("cross_entropy", float("inf")) > numbers[name].get("cross_entropy", float("-inf"))
+        numbers[name]["calibrated"] = bool(kept)
+        if not kept:
+            temperatures[branch] = 1.0
+            for part in (numbers[name], *numbers[name].get("bins", [])):
+                part |= part.get("uncalibrated") or {}
+    return dataclasses.replace(fitted, temperatures=temperatures)
 
 
 def _say(numbers: dict[str, Any], clips: int) -> None:

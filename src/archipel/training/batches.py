@@ -1,6 +1,6 @@
 """A job's own shard, and the batch of a step as a function of (seed, step, item): no state, no order of calls.
 
-Rows come from the endless concatenation of epochs; noise, time and text dropout of a clip from streams of their own
+Rows come from the endless concatenation of epochs; time, text dropout and noise of a clip from one stream of its own
 (``flow.draws``), so a clip at a step meets the same noise in whichever arm and batch it is seen.
 """
 
@@ -133,10 +133,11 @@ def numbered(items: Sequence[int]) -> list[int]:
 
 
 def training_batch(
-    clips: Clips, seed: int, step: int, size: int, *, shift: float, text_dropout: float, device: str = "cpu"
+    clips: Clips, seed: int, step: int, size: int, *, shift: float | None, text_dropout: float, device: str = "cpu"
 ) -> Batch:
     """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together; of a clip's
-    windows each is drawn alike."""
+    windows each is drawn alike. Times are logit-normal with ``shift``, or uniform on [0, 1] where it is None.
+    """
     rows = batch_rows(seed, step, size, len(clips))
     items = numbered(clips.items(rows))
     x0, cond, cluster = clips.take(rows, device)
@@ -150,7 +151,9 @@ def training_batch(
         stream = draws.generator(seed, draws.NOISE, step, item)
         normals[place], uniforms[place] = stream.standard_normal(), stream.random()
         stream.standard_normal(out=eps[place], dtype=np.float32)
-    t = shift_time(logit_normal(torch.from_numpy(normals)), shift).float().to(device)
+    drawn = torch.from_numpy(normals)
+    t = torch.special.ndtr(drawn) if shift is None else shift_time(logit_normal(drawn), shift)
+    t = t.float().to(device)
     noise = torch.from_numpy(eps).to(device)
     if text_dropout:
         cond = cond.drop(torch.from_numpy(uniforms < text_dropout).to(device))
