@@ -55,7 +55,8 @@ def test_representations_are_compared_at_equal_flops() -> None:
     check(record, "representation", set())
     codecs, samples = record["tables"].values()
     assert [row["arm"] for row in samples] == ["real clips", *arms]
-    assert all(row["seam_space"] > 0 and row["FD train"] > 0 for row in samples[1:])
+    assert samples[1]["seam_space"] > 0
+    assert all(row["FD train"] > samples[0]["FD train"] for row in samples[1:])
     spent = [row["steps"] * row["GFLOP a clip"] * module.RECIPE["batch"] for row in samples[1:]]
     step = max(row["GFLOP a clip"] for row in samples[1:]) * module.RECIPE["batch"]
     assert all(abs(one - 1e3 * record["facts"]["TFLOP an arm"]) <= step for one in spent)
