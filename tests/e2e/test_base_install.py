@@ -82,5 +82,4 @@ def test_the_base_installation_makes_and_uses_runs(copy: Path, tmp_path: Path, e
     assert "archipel[data]" in found["told"]["prepare"][1]
     assert "archipel[eval]" in found["told"]["report"][1]
     assert "archipel[" in found["told"]["evaluate"][1]
-    assert "archipel[data]" in found["told"]["doctor"][1]
     assert (tmp_path / "clip.mp4").stat().st_size > 0
