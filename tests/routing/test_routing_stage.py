@@ -198,3 +198,26 @@ def test_a_stop_before_calibration_keeps_the_training(tmp_path: Path) -> None:
     assert not (run.expert("router") / "calibration.json").exists()
     route(run, threads=1)
     assert load_router(run).experts == 2
+
+
+def test_temperatures_that_do_harm_are_not_kept() -> None:
+    import numpy as np
+
+    from archipel.routing import stage
+    from archipel.routing.calibration import Calibration
+
+    fitted = Calibration(np.array([[3.0, 3.0], [0.5, 0.5]]), np.array([0.2, 0.8]), np.array([0.5, 0.5]))
+    numbers = {
+        "with_text": {
+            "cross_entropy": 0.66,
+            "ece": 0.2,
+            "uncalibrated": {"cross_entropy": 0.53, "ece": 0.1},
+            "bins": [],
+        },
+        "without_text": {"cross_entropy": 0.80, "uncalibrated": {"cross_entropy": 0.95}, "bins": []},
+    }
+    kept = stage._first_do_no_harm(fitted, numbers)
+    np.testing.assert_array_equal(kept.temperatures, [[1.0, 1.0], [0.5, 0.5]])
+    assert numbers["with_text"]["cross_entropy"] == 0.53 and numbers["with_text"]["ece"] == 0.1
+    assert numbers["without_text"]["cross_entropy"] == 0.80
+    assert (numbers["with_text"]["calibrated"], numbers["without_text"]["calibrated"]) == (False, True)

@@ -151,6 +151,8 @@ def _first_do_no_harm(fitted: calibration.Calibration, numbers: dict[str, Any]) 
     """
     temperatures = fitted.temperatures.copy()
     for branch, name in enumerate(quality.BRANCHES):
+        if name not in numbers:  # no validation clip: nothing was fitted either
+            continue
         raw = numbers[name].get("uncalibrated") or {}
         kept = raw.get("cross_entropy", float("inf")) > numbers[name].get("cross_entropy", float("-inf"))
         numbers[name]["calibrated"] = bool(kept)
