@@ -47,6 +47,7 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
     def spread(ratios: dict[str, float]) -> str:
         return f"{ratios['median']:.3f} ({ratios['p10']:.3f} to {ratios['p90']:.3f})"
 
+    judged_by_cpu = row["met"] is not None and row["judged_by"] == "cpu"
     return {
         "case": row["case"],
         "against": row["against"],
@@ -56,7 +57,7 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
         "ratio, CPU": spread(row["cpu"]),
         "rounds": row["rounds"],
         "aim": f"at most {row['aim']:g}" if row["aim"] is not None else "",
-        "met": {None: "", True: "yes", False: "**no**"}[row["met"]],
+        "met": {None: "", True: "yes", False: "**no**"}[row["met"]] + (" (CPU)" if judged_by_cpu else ""),
     }
 
 

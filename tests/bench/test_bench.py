@@ -82,7 +82,7 @@ def test_the_page_says_what_was_missed_and_that_the_machine_was_busy(monkeypatch
     assert [(row["judged_by"], row["met"]) for row in busy["rows"]] == [("cpu", True), ("cpu", None)]
     first, second = (line for line in page("2026-01-02", records).splitlines() if line.startswith("| ours"))
     assert "2.200 (2.000 to 2.400)" in first and "at most 1" in first and first.endswith("| **no** |")
-    assert "0.500 (0.500 to 0.500)" in second and second.endswith("| yes |")
+    assert "0.500 (0.500 to 0.500)" in second and second.endswith("| yes (CPU) |")
     assert [page("", {"": record}).count("**The machine was busy") for record in (quiet, busy)] == [0, 1]
 
 
