@@ -281,8 +281,9 @@ def generate(
 
     check_name(output)  # before minutes of sampling, not after
     from archipel.ensemble.pipeline import Archipelago
+    from archipel.training.machine import pick_device
 
-    archipelago = Archipelago.load(opened.root)
+    archipelago = Archipelago.load(opened.root, device=pick_device(None))
     batches = -(-count // _BATCH)
     with Progress("generate", batches * (steps or opened.config.sample.steps)) as bar:
         clips = archipelago.generate(
@@ -453,6 +454,9 @@ def _flush() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a fault of ours, 2 wrong use or input, 130 interrupted with everything kept."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what the library makes of Ctrl-C outside of a stage

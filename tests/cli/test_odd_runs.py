@@ -288,6 +288,18 @@ def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
     assert done.stderr == b"", done.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_outputs_are_no_fault(tiny: Path, closed: str) -> None:
+    program = "import sys; from archipel import cli; cli.main(['verify', sys.argv[1]])"
+    done = subprocess.run(
+        ["sh", "-c", f'"$1" -c "$2" "$3" {closed}', "sh", sys.executable, program, tiny],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "error" not in done.stderr + done.stdout, done.stderr
+
+
 def test_nothing_phones_home(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from archipel.islands.launch import local
 
