@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from archipel import store
 from archipel.errors import ArchipelError, DamagedError
@@ -57,7 +57,3 @@ def read_manifest(path: Path) -> list[Clip]:
 def rows_of(clips: list[Clip], split: Split) -> list[int]:
     """Row numbers (also rows of every cache entry) of one split."""
     return [row for row, clip in enumerate(clips) if clip.split == split]
-
-
-def as_dict(clip: Clip) -> dict[str, str | float]:
-    return cast(dict[str, str | float], asdict(clip))

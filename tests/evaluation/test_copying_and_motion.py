@@ -117,7 +117,7 @@ def test_motion_is_the_mean_absolute_frame_difference() -> None:
 
 
 def row(**changes: object) -> dict[str, object]:
-    record = protocol.Protocol("kid", "transnet", "ab", "last", 27, 8, 96, 120, 90, "", "test", "cd").as_dict()
+    record = protocol.Protocol("kid", "transnet", "ab", "last", 27, 8, 96, "ef", 120, 90, "", "test", "cd").as_dict()
     return {"arm": "top1", "metric": "KID-transnet", "value": 0.5, "protocol": {**record, **changes}}
 
 

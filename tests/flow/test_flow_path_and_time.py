@@ -49,18 +49,10 @@ def test_logit_normal_by_normals_and_by_uniforms_are_the_same_law() -> None:
     assert float(t.mean()) == pytest.approx(0.5, abs=1e-6)
     # Phi(1) of the mass lies below sigmoid(1)
     assert float((t < torch.sigmoid(torch.tensor(1.0))).double().mean()) == pytest.approx(0.841345, abs=1e-4)
-    drawn = time.item_times(0, 0, range(4000)).double()
+    normals = torch.from_numpy(draws.normals(0, [0], (4000,))[0]).double()
+    drawn = time.logit_normal(normals)
     for q in (0.1, 0.5, 0.9):
         assert float(drawn.quantile(q)) == pytest.approx(float(t.quantile(q)), abs=0.02)
-
-
-def test_item_times_depend_on_seed_step_and_item_and_not_on_the_batch() -> None:
-    whole = time.item_times(7, 3, [10, 11, 12], shift=2.0)
-    assert whole.dtype == torch.float32
-    assert torch.equal(time.item_times(7, 3, [12], shift=2.0)[0], whole[2])
-    for other in (time.item_times(8, 3, [10]), time.item_times(7, 4, [10]), time.item_times(7, 3, [13])):
-        assert float(other) != float(time.item_times(7, 3, [10]))
-    torch.testing.assert_close(time.shift_time(time.item_times(7, 3, [10, 11, 12]), 2.0), whole)
 
 
 def test_validation_times_are_fixed_ascending_and_inside() -> None:

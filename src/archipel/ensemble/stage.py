@@ -30,6 +30,7 @@ from archipel.manifest import Clip, read_manifest
 from archipel.partition.assignment import load_assignment
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
+from archipel.training.machine import pick_device
 
 logger = logging.getLogger("archipel")
 BATCH = 16  # clips at a time; part of what decides the last bits, so not a setting
@@ -106,7 +107,7 @@ def needed_parts(run: Run, arm: str) -> list[str]:
     return run.expert_names if arm == "oracle" else [*run.expert_names, ROUTER]
 
 
-def _inputs(run: Run, arm: str, prompts: Sequence[dict[str, Any]]) -> str:
+def _inputs(run: Run, arm: str, prompts: Sequence[dict[str, Any]], device: str) -> str:
     """Hash of all that decides an arm's clips, so that it is generated again after any of it was trained again."""
     parts: dict[str, Any] = {"codec": (store.read_card(run.codec) or {}).get("files")}
     if arm not in ("real", "codec"):
@@ -114,7 +115,9 @@ def _inputs(run: Run, arm: str, prompts: Sequence[dict[str, Any]]) -> str:
     calibration = run.expert(ROUTER) / "calibration.json"
     if ROUTER in parts and calibration.is_file():
         parts["calibration"] = store.sha256_file(calibration)
-    return store.sha256_json({"arm": arm, "run": run.id, "prompts": list(prompts), "batch": BATCH, "parts": parts})
+    return store.sha256_json(
+        {"arm": arm, "run": run.id, "prompts": list(prompts), "batch": BATCH, "device": device, "parts": parts}
+    )
 
 
 def _made(folder: Path, arm: str, inputs: str) -> bool:
@@ -140,7 +143,8 @@ def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
     """
     run.need(run.codec, "prepare")
     run.need(run.partition, "partition")
-    parts, wanted = Parts(run), plans(run)
+    device = pick_device(None)
+    parts, wanted = Parts(run, device), plans(run)
     parts.check(sorted({name for plan in wanted for arm in plan.arms for name in needed_parts(run, arm)}))
     archipelago = Archipelago(parts)
     for plan in wanted:
@@ -150,7 +154,7 @@ def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
 def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None) -> None:
     run, arms = plan.run, plan.arms
     prompts = plan.prompts()
-    inputs = {arm: _inputs(run, arm, prompts) for arm in ("real", "codec", *arms)}
+    inputs = {arm: _inputs(run, arm, prompts, archipelago.parts.device) for arm in ("real", "codec", *arms)}
     missing = [arm for arm in inputs if not _made(plan.folder, arm, inputs[arm])]
     card = store.read_card(plan.folder)
     if not missing and card is not None and card.get("inputs") == inputs:

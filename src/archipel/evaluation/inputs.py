@@ -56,6 +56,7 @@ class Inputs:
     rows: np.ndarray
     captions: list[str]
     prompts: str
+    identity: str
     reference: np.ndarray
     train: np.ndarray
     features: dict[str, np.ndarray]
@@ -65,6 +66,12 @@ class Inputs:
 
     def groups(self, rows: np.ndarray) -> list[str]:
         return [self.clips[row].group for row in rows]
+
+
+def _identity(run: Run, clips: Sequence[Clip], reference: np.ndarray) -> str:
+    """Which real clips the arms are compared with: their bytes, and how frames were cut out of them."""
+    window = run.config.clips.model_dump(mode="json", include={"frames", "fps", "start", "size", "crop", "background"})
+    return store.sha256_json({"clips": [clips[row].sha256 for row in reference], "window": window})
 
 
 def probe_extractors(run: Run) -> tuple[str, ...]:
@@ -122,6 +129,7 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
     made = _features(run, work, stop, extract)
     arms = {name: Arm(name, videos[name], made[name]) for name in present if name != REAL}
     arms[REAL] = Arm(REAL, videos[REAL], {name: table[rows] for name, table in cached.items()})
+    reference = reference_rows(clips, split, rows, run.config.run.seed)
     return Inputs(
         run=run,
         split=split,
@@ -130,7 +138,8 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
         rows=rows,
         captions=captions,
         prompts=digest,
-        reference=reference_rows(clips, split, rows, run.config.run.seed),
+        identity=_identity(run, clips, reference),
+        reference=reference,
         train=np.array(rows_of(clips, "train"), np.int64),
         features=cached,
         text=text,

@@ -86,6 +86,7 @@ class Frame:
             resize=0 if not extractor else config.evaluate.image_size if "efficientnet" in network else 27,
             frames=config.evaluate.frames if "efficientnet" in network else config.clips.frames,
             n=n or len(inputs.rows),
+            clips=inputs.identity,
             reference=reference,
             groups=self.groups,
             divisor=distances.DIVISOR if estimator.startswith("frechet") else "",

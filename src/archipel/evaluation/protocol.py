@@ -14,8 +14,9 @@ class Protocol:
     """How a score was measured.
 
     estimator: the formula; extractor, weights (sha256), layer, resize, frames: where features come from; n: clips of the
-    arm in one estimate; reference: real clips in one estimate; groups: content groups; divisor: of covariances
-    ("" where there is none); split; prompts: sha256 of captions and rows; pca: dimensions (0: full features).
+    arm in one estimate; clips: sha256 of the real clips' bytes, window and size, and of the rows compared with;
+    reference: real clips in one estimate; groups: content groups; divisor: of covariances ("" where there is none);
+    split; prompts: sha256 of captions and rows; pca: dimensions (0: full features).
     """
 
     estimator: str
@@ -25,6 +26,7 @@ class Protocol:
     resize: int
     frames: int
     n: int
+    clips: str
     reference: int
     groups: int
     divisor: str

@@ -42,13 +42,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 logger = logging.getLogger("archipel")
-CODE = 1  # raised whenever the same inputs give other scores
-METRICS = (
-    *(f"{kind}-{name}" for kind in ("KID", "excess-FD", "FD") for name in EXTRACTORS),
-    "text-video-probe",
-    "retrieval@1",
-    "retrieval@5",
-)
+CODE = 2  # raised whenever the same inputs give other scores
+# What can decide: distances that are unbiased in the number of clips, and for which a paired difference is computed.
+PRIMARY = tuple(f"{kind}-{name}" for kind in ("KID", "excess-FD") for name in EXTRACTORS)
 
 
 def evaluate(run: Run, stop: StopFlag | None = None, *, extract: Extract = default_extract) -> None:
@@ -75,10 +71,13 @@ def evaluate(run: Run, stop: StopFlag | None = None, *, extract: Extract = defau
 
 
 def check_primary(metric: str) -> None:
-    """Refuse a primary metric that this stage does not compute, naming the nearest one."""
-    if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)
-        raise ConfigError(f"evaluate.primary = {metric!r} is not a metric; the nearest is {near[0]!r}")
+    """Refuse a primary metric that cannot decide a comparison, naming the nearest that can."""
+    if metric not in PRIMARY:
+        near = difflib.get_close_matches(metric, PRIMARY, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"evaluate.primary = {metric!r} cannot decide a comparison (one of {', '.join(PRIMARY)} can); "
+            f"the nearest is {near[0]!r}"
+        )
 
 
 def extra_path(run: Run) -> Path:

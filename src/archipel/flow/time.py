@@ -7,13 +7,9 @@ Sources: Esser et al., Scaling Rectified Flow Transformers (arXiv 2403.03206), s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from archipel.flow import draws
 
 
 def shift_time(t: Tensor, a: float) -> Tensor:
@@ -47,10 +43,3 @@ def validation_times(count: int, shift: float = 1.0) -> Tensor:
     """
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return shift_time(logit_normal_from_uniform(middle), shift).to(torch.float32)
-
-
-def item_times(seed: int, step: int, items: Sequence[int], shift: float = 1.0) -> Tensor:
-    """Training times float32 (B,): row i is a function of (seed, step, items[i]) only. Logit-normal(0, 1), shifted."""
-    drawn = [draws.generator(seed, draws.TIME, step, int(item)).standard_normal() for item in items]
-    normals = torch.from_numpy(np.asarray(drawn, dtype=np.float64))
-    return shift_time(logit_normal(normals), shift).to(torch.float32)

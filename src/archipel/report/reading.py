@@ -27,14 +27,14 @@ ARM_LABELS = {
 }
 ARM_NOTES = {
     "real": "held-out clips, as they are",
-    "codec": "the same clips through encoder and decoder: the best any arm can do",
+    "codec": "the same clips through encoder and decoder: what the codec alone costs",
     "monolith": "one model trained on everything",
     "top1": "at every step the most likely expert alone",
     "top2": "at every step the two most likely experts, weighted",
     "full": "at every step all experts, weighted by the router",
     "threshold": "at every step the experts above a share, weighted",
     "ancestral": "one expert drawn per clip from the caption, followed to the end",
-    "oracle": "the expert of the real clip's own cluster: a bound, not a method",
+    "oracle": "the expert of the real clip's own cluster, which no prompt gives: a reference, not a method",
 }
 
 

@@ -36,7 +36,11 @@ def compared(reader: Reader) -> str:
     config = reader.run.config
     k = config.partition.k
     count = _NUMBERS[k].capitalize() if k < len(_NUMBERS) else str(k)
-    how = "dealt out at random" if config.partition.method == "random" else "grouped by what they show"
+    how = (
+        "dealt out at random"
+        if config.partition.method == "random"
+        else f"grouped by their {config.partition.features} features"
+    )
     return (
         f"{count} expert{'' if k == 1 else 's'}, each trained alone on its own part of the clips ({how}), mixed by a small router, "
         f"against one monolith trained on all of them. Same captions, same noise, same sampler."
@@ -89,6 +93,23 @@ def _cautions(facts: Mapping[str, Any], cost: Mapping[str, Any], few: bool) -> l
     return said
 
 
+def memorised(reader: Reader) -> str:
+    """A caution where jobs' validation loss rose again by more than 5 % before the end; empty where none did."""
+    named = []
+    for name in (*reader.run.expert_names, MONOLITH):
+        rows = reader.lines(reader.run.expert(name) / "metrics.jsonl")
+        losses = [(finite(row.get("validation_ema")), row.get("step")) for row in rows]
+        known = [(loss, step) for loss, step in losses if loss is not None]
+        if known and known[-1][0] > 1.05 * min(known)[0]:
+            named.append(f"{'expert ' if name != MONOLITH else ''}{name} (lowest at step {min(known)[1]})")
+    if not named:
+        return ""
+    return (
+        f"The loss on validation clips had risen again at the end for {', '.join(named)}: these networks know their "
+        "training clips partly by heart. Read the samples of training captions, and the copying table, with that in mind."
+    )
+
+
 def _tiles(reader: Reader, facts: Mapping[str, Any], cost: Mapping[str, Any]) -> list[dict[str, str]]:
     config = reader.run.config
     k = config.partition.k
@@ -124,7 +145,9 @@ def verdict(reader: Reader, facts: Mapping[str, Any], cost: Mapping[str, Any]) -
         "tiles": _tiles(reader, facts, cost),
         "tables": _tables(reader, facts),
         "long": compute_text(cost) if cost.get("matched") is True else "",
-        "cautions": _cautions(facts, cost, few) if row is not None or cost.get("ratio") is not None else [],
+        "cautions": [*_cautions(facts, cost, few), *filter(None, [memorised(reader)])]
+        if row is not None or cost.get("ratio") is not None
+        else [],
     }
     if row is None:
         scored = bool(facts)
