@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from archipel import __version__
-from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
+from archipel.edge import flush, message, parse_duration, stop_with_parent
+from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
 app = typer.Typer(
     name="archipel",
@@ -123,7 +124,7 @@ def train(
     """Train one expert, the monolith or the router in this process; continues where it was."""
     from archipel import pipeline
 
-    _stop_with_parent()
+    stop_with_parent()
     seconds = None if for_ is None else parse_duration(for_)
     pipeline.train(pipeline.open_run(run, sets or []), expert, seconds=seconds, threads=threads)
 
@@ -371,84 +372,7 @@ def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not as
     print(f"removed {size:.1f} MB")
 
 
-# --- the edge: durations, signals, errors ----------------------------------------------------------------------------
-
-
-def parse_duration(text: str) -> float:
-    """``90s``, ``30m``, ``2h`` or plain seconds -> seconds, above 0. Raises ArchipelError."""
-    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
-    try:
-        seconds = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise ArchipelError(f"--for {text!r} is not a duration above 0 such as 90s, 30m or 2h")
-    return seconds
-
-
-def _stop_with_parent() -> None:
-    """A launcher's child watches its standard input: when it closes, the launcher is gone, and the child stops cleanly."""
-    if os.environ.get("ARCHIPEL_STOP_WITH_PARENT") != "1":
-        return
-    import signal
-    import threading
-
-    def watch() -> None:
-        while os.read(0, 1):  # unbuffered: a thread inside a buffered read breaks the interpreter's end
-            continue
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="stop-with-parent").start()
-
-
-def _os_error(error: OSError) -> str | None:
-    """A sentence for the errors of a machine that a person can do something about."""
-    import errno
-
-    where = f" at {error.filename}" if error.filename else ""
-    known = {
-        errno.ENOENT: f"there is no such file or folder{where}",
-        errno.EIO: f"the disk could not be read or written{where}: what was finished is kept",
-        errno.EFBIG: f"a file would be larger than this disk or account may hold{where}: what was finished is kept",
-        errno.ENOSPC: f"the disk is full{where}: free some space and start the same command again; what was finished is kept",
-        errno.EDQUOT: f"the disk quota is used up{where}: free some space and start the same command again; what was finished is kept",
-        errno.EROFS: f"the folder is read-only{where}: choose one that can be written",
-        errno.EACCES: f"no permission{where}: choose a folder that you may read and write",
-        errno.EPERM: f"not permitted{where}: choose a folder that you may read and write",
-        errno.ENOTDIR: f"a part of the path is a file, not a folder{where}",
-        errno.EISDIR: f"that is a folder, a file was expected{where}",
-        errno.ENAMETOOLONG: "a path is longer than this system allows",
-    }
-    return known.get(error.errno or 0)
-
-
-def _message(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, ArchipelError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, Stopped):
-        return str(error), EXIT_INTERRUPTED if error.interrupted else 0
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was finished is kept, start it again to continue", EXIT_INTERRUPTED
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("archipel"):
-        return (
-            f"error: the package {error.name!r} is not installed: pip install 'archipel[all]' brings everything",
-            EXIT_WRONG_INPUT,
-        )
-    if isinstance(error, OSError) and (text := _os_error(error)):
-        return f"error: {text}", EXIT_WRONG_INPUT
-    return (
-        f"internal error: {type(error).__name__}: {error}\nThis is a fault in Archipel. ARCHIPEL_DEBUG=1 shows the traceback; "
-        "please report it with the output of `archipel doctor`.",
-        EXIT_INTERNAL,
-    )
-
-
-def _flush() -> None:
-    """Write out what was printed; a reader that is gone (`archipel status RUN | head -1`) is no error."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+# --- entry -----------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -461,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what the library makes of Ctrl-C outside of a stage
             raise KeyboardInterrupt
-        _flush()
+        flush()
         sys.exit(code if isinstance(code, int) else 0)
     except _USAGE_ERROR as error:
         error.show()  # type: ignore[attr-defined]
@@ -473,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        text, code = _message(error)
+        text, code = message(error)
         say(text)
         if os.environ.get("ARCHIPEL_DEBUG") == "1":
             import traceback

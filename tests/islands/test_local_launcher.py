@@ -162,10 +162,10 @@ cli.main(["run", sys.argv[1]])
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from archipel import cli
+from archipel import edge
 from archipel.progress import StopFlag
 root, name = Path(sys.argv[1]), sys.argv[2]
-cli._stop_with_parent()
+edge.stop_with_parent()
 with StopFlag(60) as stop:
     (root / f".{name}").write_text(str(os.getpid()))
     (root / f".{name}").rename(root / f"{name}.pid")
