@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from archipel import FORMAT, store
 from archipel.errors import ArchipelError, DamagedError
@@ -97,7 +94,7 @@ def route(run: Run, *, threads: int | None = None, stop: StopFlag | None = None,
     with log_to(run.log("route")), store.lock(run.root / ".locks" / "route.lock", f"route of {run.root}"):
         if stop:
             raise stop.error("route")
-        with _threads(threads), Progress("route: calibrate", 3) as bar:
+        with machine.threads(threads), Progress("route: calibrate", 3) as bar:
             _calibrate(run, bar, machine.pick_device(device))
 
 
@@ -177,14 +174,3 @@ def _say(numbers: dict[str, Any], clips: int) -> None:
             numbers[name]["ece"],
             clips,
         )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from archipel import store
 from archipel.backbones import base, flops
 from archipel.errors import ArchipelError
@@ -98,7 +96,7 @@ def _train(
     shard = open_shard(run.shard(name))
     found = checkpoint.latest(folder / CHECKPOINTS, run.id)
     builds: list[dict[str, Any]] = list(found.manifest.get("builds", [])) if found else []
-    with _threads(threads or (int(builds[-1]["threads"]) if builds else None)) as used:
+    with machine.threads(threads or (int(builds[-1]["threads"]) if builds else None)) as used:
         build = machine.build(device, used)
         if found is not None:
             _say_resumed(name, found, builds, build)
@@ -192,18 +190,6 @@ def _say_resumed(name: str, found: Checkpoint, builds: list[dict[str, Any]], bui
         message = f"{_label(name)} continues on another build ({'; '.join(changed)}): {machine.TOLERANCE}"
         logger.warning(message)
         print(message, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[int]:
-    """Compute with ``count`` CPU threads (None: as many as torch has now), then as many as before."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,15 @@ def pick_device(device: str | None) -> str:
 def accelerators() -> int:
     """How many GPUs torch sees, without waking any of them."""
     return torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Compute with ``count`` CPU threads (None: as many as torch has now), then as many as before."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
