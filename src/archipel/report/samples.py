@@ -247,4 +247,19 @@ def source(reader: Reader) -> dict[str, Any]:
         "facts": facts,
         "license": str(provenance.get("license") or settings.license or "not stated by the source"),
         "rejected": rejected(reader, counts.get("rejected")),
+        "codec": codec(reader),
     }
+
+
+def codec(reader: Reader) -> list[dict[str, str]]:
+    """Context: what the codec alone costs on train and validation clips, one row each; empty where it is not fitted."""
+    card = mapping(reader.card(reader.run.codec))
+    rows = []
+    for split, numbers in mapping(card.get("round_trip")).items():
+        found = mapping(numbers)
+        row = {"split": str(split)}
+        for key in ("psnr", "seam_space", "seam_space_original", "seam_time", "seam_time_original"):
+            value = finite(found.get(key))
+            row[key] = "" if value is None else f"{value:.1f}" if key == "psnr" else f"{value:.2f}"
+        rows.append(row)
+    return rows
