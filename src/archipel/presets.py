@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "heads": 6,
             "double_blocks": 2,
             "single_blocks": 8,
-            "steps": 20000,
+            "steps": 8000,
             "batch": 32,
             "lr": 1e-3,
             "validate_every": 500,
