@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +101,7 @@ def read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any
     if not isinstance(facts, dict) or not isinstance(config, dict):
         raise DamagedError(f"{folder}: card.json has no 'network', or {CONFIG} is not an object")
     mapped = store.map_tensors(folder / WEIGHTS)
-    return facts, config, {name: torch.from_numpy(np.array(array)) for name, array in mapped.items()}
+    return facts, config, {name: torch.tensor(array) for name, array in mapped.items()}
 
 
 def build_flux(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> nn.Module:

@@ -286,10 +286,7 @@ def load_codec(folder: Path) -> PatchPCA | Pixels:
         )
     try:
         facts = card["codec"]
-        tensors = {
-            name: torch.from_numpy(np.array(value))
-            for name, value in store.map_tensors(folder / "model.safetensors").items()
-        }
+        tensors = {name: torch.tensor(value) for name, value in store.map_tensors(folder / "model.safetensors").items()}
         pt, ph, pw = (int(part) for part in facts["patch"])
         if facts["name"] == Pixels.name:
             return Pixels((pt, ph, pw), float(tensors["mean"]), float(tensors["scale"]))
