@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# Purposes: streams of one seed that must not share numbers. Never renumber: runs would change.
+# Purposes: streams of one seed that must not share numbers. Never renumber: runs would change. 2 and 3 are retired (time
+# and dropout now come first in an item's NOISE stream).
 NOISE = 1
-TIME = 2
-DROPOUT = 3
 ROUTE = 4
 CHOICE = 5
 PHASE = 6
