@@ -125,12 +125,13 @@ class StopFlag:
     """Turns the first SIGINT or SIGTERM into a flag that long loops look at; a second SIGINT stops at once.
 
     ``with StopFlag(seconds=1800) as stop: ... if stop: save(); raise stop.error("training")``. ``seconds`` is the
-    ``--for`` limit. Outside the main thread signals are left alone.
+    ``--for`` limit; ``cancel`` sets the flag from any thread. Outside the main thread signals are left alone.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self.signal: int | None = None
+        self.reason: str | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -149,18 +150,27 @@ class StopFlag:
         sooner = time.monotonic() + seconds
         self._deadline = sooner if self._deadline is None else min(self._deadline, sooner)
 
+    def cancel(self, reason: str) -> None:
+        """Ask for a stop from any thread, without an interruption; the first reason given is kept and told."""
+        if self.reason is None:
+            self.reason = reason
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
     def __bool__(self) -> bool:
-        return self.signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+        if self.signal is not None or self.reason is not None:
+            return True
+        return self._deadline is not None and time.monotonic() >= self._deadline
 
     def error(self, what: str) -> Stopped:
         """The exception to raise once everything is saved."""
         if self.signal is not None:
             return Stopped(f"{what} was interrupted; everything is kept, start it again to continue")
+        if self.reason is not None:
+            return Stopped(f"{what} was stopped: {self.reason}", interrupted=False)
         return Stopped(
             f"{what} reached its time limit; everything is kept, start it again to continue", interrupted=False
         )

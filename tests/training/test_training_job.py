@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,3 +281,36 @@ def test_weights_that_no_gradient_reaches_are_kept_in_checkpoints(tmp_path: Path
     cards = [store.read_card(run.expert("0")) for run in made]
     assert cards[0] is not None and cards[1] is not None and cards[1]["resumed"] == 1
     assert cards[0]["sha256"] == cards[1]["sha256"]
+
+
+def test_hooks_see_every_checkpoint_and_put_their_facts_into_the_card(small_run: Run) -> None:
+    seen: list[str] = []
+
+    def on_checkpoint(path: Path) -> None:
+        assert (path / "manifest.json").is_file() and path.parent == small_run.expert("0") / "checkpoints"
+        seen.append(path.name)
+
+    with pytest.raises(Stopped):
+        train(small_run, "0", threads=1, stop=After(7), on_checkpoint=on_checkpoint)
+    assert seen == ["00000005", "00000007"]
+    train(small_run, "0", threads=1, on_checkpoint=on_checkpoint, facts=lambda: {"checkpoints": len(seen)})
+    assert seen[2:] == ["00000010", "00000015", "00000020", "00000024"]
+    assert card_of(small_run, "0")["island"] == {"checkpoints": 6}
+    train(small_run, "1", threads=1)
+    assert "island" not in card_of(small_run, "1")
+
+
+def test_a_flag_cancelled_from_another_thread_saves_and_tells_the_reason(small_run: Run) -> None:
+    flag = StopFlag()
+
+    def on_checkpoint(path: Path) -> None:
+        other = threading.Thread(target=flag.cancel, args=("another island took over",))
+        other.start()
+        other.join()
+        flag.cancel("a later reason")
+
+    with pytest.raises(Stopped, match=r"training 0 .*another island took over") as caught:
+        train(small_run, "0", threads=1, stop=flag, on_checkpoint=on_checkpoint)
+    assert not caught.value.interrupted and flag
+    found = checkpoint.latest(small_run.expert("0") / "checkpoints", small_run.id)
+    assert found is not None and found.step == 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,8 @@ def train_router(
     threads: int | None = None,
     stop: StopFlag | None = None,
     device: str | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
+    facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Train the router of a run on ``shards/all``; see ``training.job.train_job`` for stopping, resuming and errors."""
     from archipel.backbones import flops
@@ -76,7 +80,18 @@ def train_router(
             device=on,
         )
 
-    train_job(run, ROUTER, job, make, seconds=seconds, threads=threads, stop=stop, device=device)
+    train_job(
+        run,
+        ROUTER,
+        job,
+        make,
+        seconds=seconds,
+        threads=threads,
+        stop=stop,
+        device=device,
+        on_checkpoint=on_checkpoint,
+        facts=facts,
+    )
 
 
 def route(run: Run, *, threads: int | None = None, stop: StopFlag | None = None, device: str | None = None) -> None:

@@ -35,8 +35,8 @@ class Checkpoint:
     manifest: dict[str, Any]
 
 
-def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Commit the state after ``step`` steps, then drop all but the newest two.
+def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
+    """Commit the state after ``step`` steps, then drop all but the newest two; gives the new one's folder.
 
     ``facts`` are JSON-able and come back in the manifest. After an OSError (a full disk) nothing older is lost.
     """
@@ -56,6 +56,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
         with contextlib.suppress(OSError):
             (old / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old)
+    return target
 
 
 def latest(folder: Path, run_id: str) -> Checkpoint | None:

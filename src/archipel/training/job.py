@@ -49,12 +49,15 @@ def train_job(
     threads: int | None = None,
     stop: StopFlag | None = None,
     device: str | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
+    facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> bool:
     """Train one job of a run to the end, or until ``stop`` or ``seconds``; continue where an earlier process stopped.
 
     Opens run.toml and the job's own shard, and writes below ``run.expert(name)``; the card, written last, lists what
     was touched. ``threads``: CPU threads (default: those the job was begun with, else torch's own); ``device``: default
-    a GPU where there is one. Returns False where the job was finished already.
+    a GPU where there is one. ``on_checkpoint`` is given the folder of each checkpoint right after it is committed;
+    what ``facts()`` gives at the end is the card's "island". Returns False where the job was finished already.
 
     Raises LockedError where another process trains the same job, Stopped with everything saved, MissingStageError
     without a shard, ArchipelError for the rest that people can mend.
@@ -71,7 +74,7 @@ def train_job(
         ):
             if _finished(run, folder):  # by the process that held the lock
                 return False
-            _train(run, name, plan, make, threads, flag, machine.pick_device(device), touched)
+            _train(run, name, plan, make, threads, flag, machine.pick_device(device), touched, on_checkpoint, facts)
     except OSError as error:
         raise ArchipelError(
             f"{_label(name)}: {error.filename or folder} cannot be used ({error.strerror or error}): make it writable or "
@@ -89,6 +92,8 @@ def _train(
     stop: StopFlag,
     device: str,
     touched: isolation.Touched,
+    on_checkpoint: Callable[[Path], None] | None,
+    facts: Callable[[], Mapping[str, Any]] | None,
 ) -> None:
     folder = run.expert(name)
     if Run.open(run.root).id != run.id:  # seen by the watch, as the shard is
@@ -116,8 +121,9 @@ def _train(
             label=name,
             start=found,
             facts=lambda: {"builds": builds, "touched": touched.as_dict()},
+            on_checkpoint=on_checkpoint,
         )
-        _commit(run, name, plan, objective, shard, outcome, builds, touched)
+        _commit(run, name, plan, objective, shard, outcome, builds, touched, facts)
 
 
 def _commit(
@@ -129,6 +135,7 @@ def _commit(
     outcome: Outcome,
     builds: list[dict[str, Any]],
     touched: isolation.Touched,
+    facts: Callable[[], Mapping[str, Any]] | None,
 ) -> None:
     """Weights and configuration, then the card."""
     folder, model = run.expert(name), objective.model
@@ -163,6 +170,7 @@ def _commit(
         builds=builds,
         bitwise=len(builds) == 1,
         touched=touched.as_dict(),
+        **({} if facts is None else {"island": dict(facts())}),
     )
 
 

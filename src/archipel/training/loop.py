@@ -207,11 +207,13 @@ def fit(
     label: str,
     start: Checkpoint | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> Outcome:
     """Train to ``settings.steps`` and leave the final weights (average or best) in ``objective.model``.
 
     ``folder`` gets metrics.jsonl, progress.json and checkpoints/; ``start`` is the checkpoint to continue from
-    (``checkpoint.latest(folder / CHECKPOINTS, run_id)``); ``facts()`` goes into every manifest.
+    (``checkpoint.latest(folder / CHECKPOINTS, run_id)``); ``facts()`` goes into every manifest; ``on_checkpoint`` is
+    given the folder of each checkpoint right after it is committed, and what it raises ends the training.
     Raises Stopped with everything saved where ``stop`` is set, ArchipelError for a loss that is not finite or a
     folder that cannot be written; the newest good checkpoint stays either way.
     """
@@ -232,7 +234,7 @@ def fit(
         )
         journal.tell(trainer.step, "starting")
         try:
-            return _run(trainer, journal, stop, run_id, start, facts)
+            return _run(trainer, journal, stop, run_id, start, facts, on_checkpoint)
         except BaseException as error:
             state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
             with contextlib.suppress(OSError):
@@ -247,6 +249,7 @@ def _run(
     run_id: str,
     start: Checkpoint | None,
     facts: Callable[[], Mapping[str, Any]],
+    on_checkpoint: Callable[[Path], None] | None,
 ) -> Outcome:
     s, folder = trainer.settings, journal.folder / CHECKPOINTS
     validation: dict[str, Any] = dict(start.manifest.get("validation", {})) if start else {}
@@ -257,8 +260,10 @@ def _run(
         if saved == trainer.step:
             return
         own = {"resumed": journal.resumed, "seconds": journal.seconds, "best": trainer.best, "validation": validation}
-        checkpoint.save(folder, trainer.step, trainer.arrays(), {**facts(), "run": run_id, **own})
+        made = checkpoint.save(folder, trainer.step, trainer.arrays(), {**facts(), "run": run_id, **own})
         saved = trainer.step
+        if on_checkpoint is not None:
+            on_checkpoint(made)
 
     trainer.objective.model.train()
     with Progress(f"train {journal.label}", s.steps, start=trainer.step) as bar:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 from archipel.backbones import flops
 from archipel.backbones.flux import build_expert
 from archipel.errors import ArchipelError
@@ -36,6 +40,8 @@ def train(
     threads: int | None = None,
     stop: StopFlag | None = None,
     device: str | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
+    facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Train expert ``name`` or the monolith of a run; see ``training.job.train_job`` for stopping and errors.
 
@@ -64,4 +70,15 @@ def train(
             device=on,
         )
 
-    train_job(run, name, job, make, seconds=seconds, threads=threads, stop=stop, device=device)
+    train_job(
+        run,
+        name,
+        job,
+        make,
+        seconds=seconds,
+        threads=threads,
+        stop=stop,
+        device=device,
+        on_checkpoint=on_checkpoint,
+        facts=facts,
+    )
