@@ -1,0 +1,410 @@
+"""A store of objects, local or far: create-if-absent, put, get and list, with retries, checks and a count of what moved.
+
+The adapter around obstore that islands stand on. An answer is never taken for more than it says: a create whose response
+was lost is read back, a transfer is held to its sha256, a store that stays away is waited for with growing pauses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from archipel.errors import EXIT_WRONG_INPUT, ArchipelError, DamagedError, Stopped
+from archipel.islands.keys import check_key
+from archipel.islands.urls import check_url, connect, http_date, local_root
+
+SMALL = 4 << 20  # bytes: bound of what `get` reads into memory unless told otherwise
+PATIENCE = 600.0  # seconds that a store may stay away before work ends
+_CHUNK = 8 << 20  # bytes fetched at a time: what a broken transfer loses at most
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+T = TypeVar("T")
+Keys = list[str]
+
+
+class StoreError(ArchipelError):
+    """The store stayed away for longer than we wait, or said a final no."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+class IgnoresConditionsError(StoreError):
+    """The store let a second create of one key succeed: two islands could hold one job."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A listed object: its key, size in bytes and the store's own timestamp (POSIX seconds)."""
+
+    key: str
+    size: int
+    modified: float
+
+
+@dataclass
+class Traffic:
+    """Requests by kind and payload bytes, retries included; what the ledger and the cost page count."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
+    received: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "requests": dict(sorted(self.requests.items())),
+            "bytes_sent": self.sent,
+            "bytes_received": self.received,
+        }
+
+
+Entries = list[Entry]
+
+
+class Objects:
+    """One prefix of one store. Threads may share it; ``give_up`` (asked while waiting) ends a wait with Stopped."""
+
+    def __init__(self, store: Any, url: str, root: Path | None, endpoint: str, patience: float) -> None:
+        self.url, self.root, self.patience = url, root, patience
+        self.traffic = Traffic()
+        self.reads: set[str] = set()
+        self.writes: set[str] = set()
+        self.give_up: Callable[[], bool] = lambda: False
+        self._store, self._endpoint = store, endpoint
+        self._said_away = False
+
+    @classmethod
+    def open(cls, url: str | Path, *, patience: float = PATIENCE, timeout: float = 60.0, make: bool = False) -> Objects:
+        """Open a folder path or URL; ``make`` creates a local folder. Nothing is asked of a remote store yet.
+
+        ``timeout``: seconds for one request, its body included. Raises ArchipelError for a URL that cannot be used,
+        a folder that is not there, or a link in its place.
+        """
+        url = check_url(str(url))
+        root = local_root(url)
+        if root is None:
+            try:
+                store, endpoint = connect(url, timeout)
+            except Exception as error:
+                raise StoreError(f"{url} cannot be opened: {_words(error)}") from error
+            return cls(store, url, None, endpoint, patience)
+        from obstore.store import LocalStore
+
+        if make:
+            root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            raise ArchipelError(f"there is no folder {root}: is it mounted? `archipel publish RUN {url}` makes it")
+        return cls(LocalStore(prefix=root), url, root, "", patience)
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write ``data`` unless the key is taken. True: the object there holds our bytes; False: it holds others.
+
+        After anything but a plain success the object is read back, so that a lost response or a conflict's answer is
+        never mistaken; ``data`` should therefore hold a nonce. Raises StoreError.
+        """
+        check_key(key)
+        self.writes.add(key)
+        waits = _Waits(self, f"create {key}")
+        while True:
+            try:
+                self._put(key, data, create=True)
+                return True
+            except Exception as error:
+                failure = self._sort(error, key)
+            try:
+                found = self._get(key, max(len(data), SMALL))
+            except DamagedError:
+                return False  # larger than anything of ours
+            except Exception as error:
+                failure = self._sort(error, key)
+                found = None
+            if found is not None:
+                return found == data
+            waits.next(failure)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write or replace an object: bytes, or a file, streamed. Raises StoreError, FileNotFoundError."""
+        check_key(key)
+        self.writes.add(key)
+        self._again(f"put {key}", key, lambda: self._put(key, data, create=False))
+
+    def get(self, key: str, limit: int = SMALL) -> bytes | None:
+        """An object of at most ``limit`` bytes, or None where there is none. Raises DamagedError for a larger one."""
+        check_key(key)
+        self.reads.add(key)
+        return self._again(f"get {key}", key, lambda: self._get(key, limit))
+
+    def fetch(
+        self, key: str, path: Path, *, sha256: str, size: int, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Bring an object into a file, in pieces that survive a broken transfer or process, held to its sha256.
+
+        The pieces gather in ``<path>.part``; ``path`` appears whole. Raises DamagedError where the store's bytes are not
+        those that were promised (after a second try from the beginning), StoreError.
+        """
+        check_key(key)
+        self.reads.add(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        for attempt in (1, 2):
+            if part.is_file() and part.stat().st_size > size:
+                part.unlink()
+            with open(part, "ab") as file:
+                while (have := file.tell()) < size:
+                    end = min(size, have + _CHUNK)
+                    piece = self._again(f"get {key}", key, functools.partial(self._range, key, have, end))
+                    if len(piece) != end - have:
+                        break
+                    file.write(piece)
+                    on_bytes(len(piece))
+                file.flush()
+                os.fsync(file.fileno())
+            if part.stat().st_size == size and _sha256(part) == sha256:
+                part.replace(path)
+                return
+            part.unlink()
+            if attempt == 2:
+                raise DamagedError(
+                    f"{key} in {self.url} is damaged: it is not the {size} bytes of sha256 {sha256[:12]}..."
+                )
+
+    def list(self, prefix: str) -> Entries:
+        """All objects below a prefix ("jobs/2"), sorted by key. Raises StoreError."""
+        check_key(prefix)
+        return self._again(f"list {prefix}", prefix, lambda: self._list(prefix))
+
+    def remove(self, keys: Keys) -> None:
+        """Delete objects: only ``archipel gc`` does so."""
+        import obstore
+
+        for key in keys:
+            check_key(key)
+            self.traffic.requests["delete"] += 1
+            with contextlib.suppress(FileNotFoundError):
+                self._again(f"delete {key}", key, functools.partial(obstore.delete, self._store, key))
+
+    def probe(self) -> None:
+        """Refuse a store that ignores conditions: of two creates of one key the second must fail.
+
+        Raises IgnoresConditionsError, StoreError.
+        """
+        key = "probe"
+        self.writes.add(key)
+        nonce = os.urandom(8).hex().encode()
+        self.create(key, b"first " + nonce)
+        waits = _Waits(self, "probe")
+        while True:
+            try:
+                self._put(key, b"second " + nonce, create=True)
+            except Exception as error:
+                if _kind(error) == "taken":
+                    return
+                waits.next(self._sort(error, key))
+                continue
+            raise IgnoresConditionsError(
+                f"{self.url} ignores create-if-absent: a second create of one key succeeded, so two islands could hold one "
+                "job. Use a store with conditional writes (S3 since 2024, GCS, Azure, a local disk)"
+            )
+
+    def now(self) -> float | None:
+        """The store's own time (POSIX seconds), for ages that people see; None where it cannot be had."""
+        if self.root is not None:
+            with contextlib.suppress(OSError):
+                mark = self.root / f".clock-{os.urandom(6).hex()}"
+                mark.touch()
+                try:
+                    return mark.stat().st_mtime
+                finally:
+                    mark.unlink(missing_ok=True)
+            return None
+        return http_date(self._endpoint)
+
+    # --- the single tries -----------------------------------------------------------------------------------------
+
+    def _put(self, key: str, data: bytes | Path, create: bool) -> None:
+        import obstore
+
+        self._no_link(key)
+        self.traffic.requests["create" if create else "put"] += 1
+        self.traffic.sent += len(data) if isinstance(data, bytes) else data.stat().st_size
+        if create:
+            obstore.put(self._store, key, data, mode="create", use_multipart=False)
+        else:
+            obstore.put(self._store, key, data, max_concurrency=2)
+        if self.root is not None:
+            _sync(self.root, key)
+
+    def _get(self, key: str, limit: int) -> bytes | None:
+        import obstore
+
+        self._no_link(key)
+        self.traffic.requests["get"] += 1
+        try:
+            found = obstore.get(self._store, key)
+            if found.meta["size"] > limit:
+                raise DamagedError(f"{key} in {self.url} has {found.meta['size']} bytes, at most {limit} are read")
+            data = bytes(found.bytes())
+        except FileNotFoundError:
+            return None
+        self.traffic.received += len(data)
+        return data
+
+    def _range(self, key: str, begin: int, end: int) -> bytes:
+        import obstore
+
+        self._no_link(key)
+        self.traffic.requests["get"] += 1
+        try:
+            data = bytes(obstore.get_range(self._store, key, start=begin, end=end))
+        except FileNotFoundError as error:
+            raise DamagedError(f"{key} in {self.url} is missing") from error
+        except Exception as error:
+            if "range" in str(error).lower() and _kind(error) == "again":
+                raise DamagedError(f"{key} in {self.url} is shorter than it should be") from error
+            raise
+        self.traffic.received += len(data)
+        return data
+
+    def _list(self, prefix: str) -> Entries:
+        import obstore
+
+        self._no_link(prefix)
+        self.traffic.requests["list"] += 1
+        entries = []
+        for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
+            for meta in chunk:
+                entries.append(Entry(meta["path"], meta["size"], meta["last_modified"].timestamp()))
+        return sorted(entries, key=lambda entry: entry.key)
+
+    # --- waiting and refusing -------------------------------------------------------------------------------------
+
+    def _again(self, what: str, key: str, call: Callable[[], T]) -> T:
+        waits = _Waits(self, what)
+        while True:
+            try:
+                value = call()
+            except Exception as error:
+                waits.next(self._sort(error, key))
+                continue
+            self._said_away = False
+            return value
+
+    def _sort(self, error: Exception, key: str) -> Exception:
+        """An error worth another try is returned; a final one is raised as what a person can act on."""
+        if isinstance(error, ArchipelError | Stopped):
+            raise error
+        kind = _kind(error)
+        if self.root is not None and kind == "again" and (number := _OS_ERROR.search(str(error))):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.root / key)) from error
+        if kind == "denied":
+            raise StoreError(
+                f"{self.url} refuses {key}: {_words(error)}. Check the credentials in the environment and the policy "
+                "(`archipel policy` prints what an island needs)"
+            ) from error
+        if kind == "absent":
+            raise StoreError(f"{self.url}: there is no such bucket or folder ({_words(error)})") from error
+        if kind == "final" or (isinstance(error, OSError) and self.root is not None):
+            raise StoreError(f"{self.url}: {key} cannot be used: {_words(error)}") from error
+        return error
+
+    def _no_link(self, key: str) -> None:
+        """Local disk: no part of a key may be a link, which could lead out of the store."""
+        if self.root is None:
+            return
+        path = self.root
+        for part in key.split("/"):
+            path = path / part
+            if path.is_symlink():
+                raise DamagedError(f"{path} is a link: a store holds files only; remove it")
+
+
+class _Waits:
+    """Growing pauses with jitter until the store's patience is used up."""
+
+    def __init__(self, objects: Objects, what: str) -> None:
+        self.objects, self.what, self.count = objects, what, 0
+        self.began = time.monotonic()
+
+    def next(self, error: Exception) -> None:
+        """Pause before another try. Raises StoreError when patience is over, Stopped when asked to stop."""
+        o = self.objects
+        gone = time.monotonic() - self.began
+        if gone >= o.patience:
+            raise StoreError(
+                f"{o.url} cannot be reached ({self.what}: {_words(error)}), tried for {gone:.0f} s: start again later, "
+                "everything is kept"
+            ) from error
+        if self.count == 4 and not o._said_away:
+            o._said_away = True
+            print(f"the store does not answer ({_words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr)
+        pause = min(10.0, 0.1 * 2**self.count, max(0.05, o.patience - gone)) * random.uniform(0.5, 1.0)
+        self.count += 1
+        until = time.monotonic() + pause
+        while (left := until - time.monotonic()) > 0:
+            if o.give_up():
+                raise Stopped(f"stopped while waiting for the store ({self.what}); everything is kept") from error
+            time.sleep(min(left, 0.25))
+
+
+def _kind(error: Exception) -> str:
+    """ "taken", "absent", "denied", "final" or "again" for an error of obstore."""
+    from obstore import exceptions as e
+
+    if isinstance(error, e.AlreadyExistsError | e.PreconditionError):
+        return "taken"
+    if isinstance(error, e.NotFoundError | FileNotFoundError):
+        return "absent"
+    if isinstance(error, e.PermissionDeniedError | e.UnauthenticatedError):
+        return "denied"
+    if isinstance(error, e.NotSupportedError | e.InvalidPathError | e.UnknownConfigurationKeyError):
+        return "final"
+    return "again"
+
+
+def _words(error: Exception) -> str:
+    """The first line of an error without what follows a question mark in URLs, which may be a signature."""
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"\?\S+", "", text[0])[:240]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(root: Path, key: str) -> None:
+    """Make a local object survive a power cut: the file and the folders above it, up to the root."""
+    path = root / key
+    for place in (path, *path.parents):
+        with contextlib.suppress(FileNotFoundError):  # replaced by another writer just now
+            handle = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        if place == root:
+            return
+
+
+@contextlib.contextmanager
+def stopping(objects: Objects, give_up: Callable[[], bool]) -> Iterator[None]:
+    """For as long as the block runs, waits of ``objects`` end when ``give_up()`` is true."""
+    before, objects.give_up = objects.give_up, give_up
+    try:
+        yield
+    finally:
+        objects.give_up = before
