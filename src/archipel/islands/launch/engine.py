@@ -1,0 +1,144 @@
+"""Engines: where the commands of a run are carried out. They know no mathematics, and no stage imports them.
+
+An engine that trains elsewhere goes through a store that all its machines see: it publishes the run there, starts the
+very command that any island runs, ``archipel join STORE --only NAME --jobs 1``, and brings the results back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from types import TracebackType
+from typing import Protocol
+
+from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
+from archipel.progress import StopFlag
+from archipel.run import Run
+from archipel.spread import Spread
+
+LOCAL = "local"
+ENGINES = {
+    "ray": "archipel.islands.launch.ray:RayEngine",
+    "slurm": "archipel.islands.launch.slurm:SlurmEngine",
+    "sky": "archipel.islands.launch.sky:SkyEngine",
+}
+
+
+class Engine(Protocol):
+    """Made as ``Cls(run, store, threads)``, used in a ``with`` block.
+
+    ``store`` is a URL or a folder that every machine of the engine sees. ``threads`` is what ``--threads`` asks for.
+    """
+
+    @property
+    def items(self) -> Spread | None:
+        """For many short pieces of work (decoding, encoding); None: this process does them."""
+        ...
+
+    @property
+    def tasks(self) -> Spread | None:
+        """For fewer, longer pieces of work (sampling); None: this process does them."""
+        ...
+
+    @property
+    def device(self) -> str | None:
+        """Where ``tasks`` computes: ``cpu`` or ``cuda``; None: wherever this machine would."""
+        ...
+
+    def train(self, names: list[str], stop: StopFlag) -> None:
+        """Bring every job of ``names`` to its end, its result in the run's folder.
+
+        Raises ArchipelError where a job fails, Stopped when asked to stop (everything is kept).
+        """
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None: ...
+
+
+def open_engine(name: str, run: Run, *, store: str | None = None, threads: int | None = None) -> Engine | None:
+    """The engine called ``name``; None for ``local``, which is what the stages do by themselves.
+
+    Raises ArchipelError for a name that is not known, and for a store where nothing would use it.
+    """
+    if name == LOCAL:
+        if store is not None:
+            raise ArchipelError(f"--store is for the engines {', '.join(ENGINES)}: the engine local needs none")
+        return None
+    if name not in ENGINES:
+        raise ArchipelError(f"--engine {name!r} is not known: there are {', '.join((LOCAL, *ENGINES))}")
+    module, _, cls = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), cls)(run, store or default_store(run), threads)
+    return engine
+
+
+def default_store(run: Run) -> str:
+    """A folder of the run: right where all machines share its file system."""
+    return (run.root.resolve() / "store").as_uri()
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "archipel.cli", *map(str, arguments)]
+
+
+def join_arguments(store: str, run: Run, name: str, threads: int | None) -> list[str]:
+    """What one job is, wherever it runs: the arguments of ``archipel``."""
+    limit = ["--threads", str(threads)] if threads else []
+    return ["join", store, "--only", name, "--jobs", "1", "--run-id", run.id, *limit]
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """What a job's process gets on top of its machine's environment."""
+    count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
+    return count | {
+        "PYTHONUNBUFFERED": "1",
+        "ARCHIPEL_STOP_WITH_PARENT": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DISABLE_TELEMETRY": "YES",
+    }
+
+
+def last_words(said: str) -> str:
+    """The error that a command told, else its last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("error: ", "internal error: "))]
+    return (told or lines or ["it said nothing"])[-1].removeprefix("error: ")
+
+
+class JobError(ArchipelError):
+    """A command that failed by a fault of ours, and not by what it was given."""
+
+    exit_code = EXIT_INTERNAL
+
+
+def judge(what: str, code: int, said: str) -> None:
+    """Raise what a command's end means: nothing for 0, Stopped for 130, ArchipelError with its last words else."""
+    if code == EXIT_INTERRUPTED:
+        raise Stopped(f"{what} was stopped; everything is kept, start it again to continue")
+    if code != 0:
+        kind = ArchipelError if code == EXIT_WRONG_INPUT else JobError
+        raise kind(f"{what} ended with exit code {code}: {last_words(said)}")
+
+
+def _call(what: str, *arguments: object) -> None:
+    done = subprocess.run(
+        command(*arguments), env=os.environ | environment(None) | {"ARCHIPEL_STOP_WITH_PARENT": "0"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    judge(what, done.returncode, done.stderr)
+
+
+def publish(run: Run, store: str) -> None:
+    """Put what islands need into the store; what is there already is left alone."""
+    _call("publishing the run", "publish", run.root, store)
+
+
+def collect(run: Run, store: str) -> None:
+    """Bring the results of the store into the run's folder, where the stages after training look for them."""
+    _call("bringing the results back", "pull", store, run.root)
