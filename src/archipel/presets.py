@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "sample": {"steps": 10},
         "evaluate": {"count": 16, "showcase": 6, "frames": 2, "image_size": 64, "pca": 8},
+        "islands": {"heartbeat": 2.0, "lease": 10.0},
     },
     # At most 12 minutes on two cores, one emoji package. docs/log.md has the measurements behind the numbers.
     "demo": {

@@ -44,6 +44,11 @@ def rope_axes_for(head: int) -> tuple[int, int, int] | None:
 
 def check(config: RunConfig) -> None:
     """Refuse what cannot work, as far as it can be known without looking at the clips. Raises ConfigError."""
+    if config.islands.lease < 2.5 * config.islands.heartbeat:
+        raise ConfigError(
+            f"islands.lease = {config.islands.lease:g} is too short for islands.heartbeat = {config.islands.heartbeat:g}: one "
+            f"heartbeat may be late; the nearest that works is {2.5 * config.islands.heartbeat:g}"
+        )
     clips, codec = config.clips, config.codec
     pt, ph, pw = codec.patch
     if min(codec.patch) < 1:

@@ -239,6 +239,18 @@ class Evaluate(Section):
     image_size: int = Field(128, ge=32, le=512, description="Side of the image network's input.")
 
 
+class Islands(Section):
+    """Agreed by all islands of a run, and therefore here and not in a machine's own settings."""
+
+    heartbeat: float = Field(60.0, ge=2, le=3600, description="Seconds between the signs of life of who holds a job.")
+    lease: float = Field(
+        300.0,
+        ge=6,
+        le=86400,
+        description="A job whose holder was seen standing still for so many seconds may be taken over.",
+    )
+
+
 class RunConfig(Section):
     """All of ``run.toml``."""
 
@@ -254,3 +266,4 @@ class RunConfig(Section):
     compute: Compute = Compute()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    islands: Islands = Islands()
