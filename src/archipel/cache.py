@@ -15,8 +15,9 @@ An entry is a folder ``<kind>-<key>`` of safetensors shards. What it guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from archipel.errors import ArchipelError, DamagedError, MissingStageError
 from archipel.progress import Progress, StopFlag
 
 Make = Callable[[int, int], Mapping[str, np.ndarray]]
+MakeAll = Callable[[Sequence[tuple[int, int]]], Generator[Mapping[str, np.ndarray], None, None]]
 _PARTIAL = "partial.json"
 _INDEX = "index.json"
 _WORD = 1 << 64
@@ -168,12 +170,14 @@ def build(
     label: str,
     stop: StopFlag | None = None,
     per_shard: int = 64,
+    make_all: MakeAll | None = None,
 ) -> Entry:
     """Make, continue or simply open the entry of (kind, spec).
 
     ``make(begin, end)`` gives the arrays of items [begin, end): the same names each time, all with one number of rows
     (which may be smaller than ``end - begin``, where items were refused). It is called once per missing shard, in
-    order, and not at all where the entry is committed. ``items`` is how many there are, at least 1.
+    order, and not at all where the entry is committed. ``items`` is how many there are, at least 1. Where ``make_all`` is
+    given it takes the place of ``make``: it is told all ranges at once and yields their arrays in order.
 
     Raises Stopped after the current shard where ``stop`` is set, LockedError where another process builds the same
     entry, ArchipelError where arrays do not fit together.
@@ -185,7 +189,7 @@ def build(
         return open_entry(folder)
     with store.lock(root / f".{folder.name}.lock", f"{label} of {root.parent}"):
         if not _committed(folder):
-            _make_shards(folder, items, make, label, stop, per_shard)
+            _make_shards(folder, items, make_all or _one_by_one(make), label, stop, per_shard)
             _commit(folder, kind, spec, items, run_id, per_shard)
     return open_entry(folder)
 
@@ -209,7 +213,17 @@ def _known(folder: Path) -> dict[str, dict[str, Any]]:
         return {}  # nothing is trusted: every shard is made again
 
 
-def _make_shards(folder: Path, items: int, make: Make, label: str, stop: StopFlag | None, per_shard: int) -> None:
+def _one_by_one(make: Make) -> MakeAll:
+    def make_all(ranges: Sequence[tuple[int, int]]) -> Generator[Mapping[str, np.ndarray], None, None]:
+        for begin, end in ranges:
+            yield make(begin, end)
+
+    return make_all
+
+
+def _make_shards(
+    folder: Path, items: int, make_all: MakeAll, label: str, stop: StopFlag | None, per_shard: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     card = store.read_card(folder, "cache")
     if card is not None:  # committed once, but a shard is missing or torn: back to an unfinished build
@@ -228,11 +242,12 @@ def _make_shards(folder: Path, items: int, make: Make, label: str, stop: StopFla
         else:
             missing.append((name, begin, min(begin + per_shard, items)))
     done = items - sum(end - begin for _, begin, end in missing)
-    with Progress(label, items, start=done) as bar:
+    ranges = [(begin, end) for _, begin, end in missing]
+    with Progress(label, items, start=done) as bar, contextlib.closing(make_all(ranges)) as made:
         for name, begin, end in missing:
             if stop:
                 raise stop.error(label)
-            arrays = {key: np.asarray(value) for key, value in make(begin, end).items()}
+            arrays = {key: np.asarray(value) for key, value in next(made).items()}
             entry = _describe(arrays, label, begin, end)
             store.write_tensors(folder / name, arrays)
             good[name] = {"sha256": store.sha256_file(folder / name), **entry}

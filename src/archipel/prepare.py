@@ -6,9 +6,11 @@ alone, so a second call costs reading the manifest and hashing three weight file
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from archipel.errors import ArchipelError, DamagedError
 from archipel.manifest import Clip, read_manifest, rows_of
 from archipel.progress import StopFlag, log_to
 from archipel.run import Run
+from archipel.spread import Arrays, Make, Spread, over_ranges, pack_json, unpack_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,22 +29,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from archipel.encoders.codecs import PatchPCA, Pixels
+    from archipel.encoders.text import MiniLM
 
 logger = logging.getLogger("archipel")
 _CLIPS_AT_ONCE = 32
 
 
-def prepare(run: Run, stop: StopFlag | None = None) -> None:
+def prepare(run: Run, stop: StopFlag | None = None, spread: Spread | None = None) -> None:
     """Do what is missing of: ingest, codec, latents, text, features; and name the entries in the cache's index.
 
-    Interrupted work continues at the first missing shard. Raises Stopped where ``stop`` is set, ArchipelError where
-    the clips are too few for ``partition.k`` or the codec.
+    Interrupted work continues at the first missing shard. With ``spread`` clips are decoded and encoded on other machines
+    and written here: the same bytes, where the same number of threads computes them.
+
+    Raises Stopped where ``stop`` is set, ArchipelError where the clips are too few for ``partition.k`` or the codec.
     """
     from archipel.data.stage import ingest
 
     stop = StopFlag() if stop is None else stop
     with log_to(run.log("prepare")):
-        ingest(run, stop)
+        ingest(run, stop, spread)
         clips = read_manifest(run.manifest)
         check_groups(run, clips)
         pixels = cache.open_kind(run.cache, "pixels")
@@ -53,9 +59,9 @@ def prepare(run: Run, stop: StopFlag | None = None) -> None:
         source = _source(run, clips, pixels)
         fit_codec(run, clips, pixels, source, stop)
         entries = {
-            "latents": _latents(run, pixels, source, stop),
-            "text": _text(run, clips, source, stop),
-            "features": _features(run, pixels, source, stop),
+            "latents": _latents(run, pixels, source, stop, spread),
+            "text": _text(run, clips, source, stop, spread),
+            "features": _features(run, pixels, source, stop, spread),
         }
         cache.set_index(run.cache, {kind: entry.folder.name for kind, entry in entries.items()})
 
@@ -128,56 +134,107 @@ def _codec_is(run: Run, spec: Mapping[str, Any]) -> bool:
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 
-def _latents(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
+def _build(
+    run: Run,
+    kind: str,
+    spec: Mapping[str, Any],
+    items: int,
+    make: Make,
+    give: Callable[[int, int], Arrays],
+    needs: Sequence[str],
+    stop: StopFlag,
+    spread: Spread | None,
+    per_shard: int = 64,
+) -> cache.Entry:
+    """One entry of the cache: ``make`` of what ``give`` says each shard needs, here or wherever ``spread`` does it."""
+    return cache.build(
+        run.cache, kind, spec, items, lambda begin, end: make(run.root, give(begin, end)),
+        run_id=run.id, label=f"prepare: {kind}", stop=stop, per_shard=per_shard,
+        make_all=None if spread is None else lambda ranges: over_ranges(spread, make, give, ranges, run.root, needs),
+    )  # fmt: skip
+
+
+def _rows_of(entry: cache.Entry, names: Sequence[str]) -> Callable[[int, int], Arrays]:
+    """Rows [begin, end) of an entry; its files are opened when the first are asked for."""
+    held: dict[str, cache.Rows] = {}
+
+    def give(begin: int, end: int) -> Arrays:
+        if not held:
+            held.update({name: entry[name] for name in names if name in entry.names})
+        return {name: rows[begin:end] for name, rows in held.items()}
+
+    return give
+
+
+@functools.lru_cache(maxsize=1)
+def _codec(folder: Path, card: str) -> PatchPCA | Pixels:
+    """The codec, once per process and card (its sha256)."""
+    from archipel.encoders.codecs import load_codec
+
+    return load_codec(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _text_encoder(tokens: int) -> MiniLM:
+    from archipel.config import Text
+    from archipel.encoders.text import open_text
+
+    return open_text(Text(tokens=tokens))
+
+
+def _latents(
+    run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag, spread: Spread | None
+) -> cache.Entry:
     """latents float32 (N, C, T, H, W), and phases (N, P - 1, C, T, H, W) where clips have further windows."""
     card = store.read_card(run.codec, "codec")
     assert card is not None  # fit_codec has just seen to it
     encoder = {"name": card["codec"]["name"], "weights": card["files"]["model.safetensors"]["sha256"]}
     # Patch and gamma are in the card, not in the tensors.
     spec = {**source, "encoder": {**encoder, "settings": card["spec"]["codec"]}, "dtype": "float32", "code": CODEC_CODE}
-    held: list[tuple[PatchPCA | Pixels, cache.Rows]] = []
-
-    def make(begin: int, end: int) -> dict[str, np.ndarray]:
-        from archipel.encoders import codecs
-
-        if not held:
-            held.append((codecs.load_codec(run.codec), pixels["clips"]))
-        codec, rows = held[0]
-        made = {"latents": codec.encode(codecs.from_uint8(rows[begin:end])).numpy()}
-        if "phases" in pixels.names:
-            more = pixels["phases"][begin:end]  # (B, P - 1, F, H, W, 3)
-            encoded = codec.encode(codecs.from_uint8(more.reshape(-1, *more.shape[2:]))).numpy()
-            made["phases"] = encoded.reshape(*more.shape[:2], *encoded.shape[1:])
-        return made
-
-    return cache.build(
-        run.cache, "latents", spec, pixels.rows, make, run_id=run.id, label="prepare: latents", stop=stop
-    )
+    give = _rows_of(pixels, ("clips", "phases"))
+    return _build(run, "latents", spec, pixels.rows, make_latents, give, ["codec"], stop, spread)
 
 
-def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
+def make_latents(root: Path, given: Arrays) -> Arrays:
+    """Clips uint8 (B, F, H, W, 3), phases (B, P - 1, F, H, W, 3) -> latents (B, C, T, H, W) float32, and theirs."""
+    from archipel.encoders import codecs
+
+    codec = _codec(root / "codec", store.sha256_file(root / "codec" / "card.json"))
+    made = {"latents": codec.encode(codecs.from_uint8(given["clips"])).numpy()}
+    if "phases" in given:
+        more = given["phases"]
+        encoded = codec.encode(codecs.from_uint8(more.reshape(-1, *more.shape[2:]))).numpy()
+        made["phases"] = encoded.reshape(*more.shape[:2], *encoded.shape[1:])
+    return made
+
+
+def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag, spread: Spread | None) -> cache.Entry:
     """tokens float32 (N, L, D), mask bool (N, L), pooled float32 (N, P)."""
     captions = [clip.caption for clip in clips]
+    tokens = run.config.text.tokens
     spec = {
         "clips": source["clips"],
         "captions": store.sha256_json(captions),
         "encoder": {"name": run.config.text.encoder, "weights": weights_hash(run.config.text.encoder)},
-        "tokens": run.config.text.tokens,
+        "tokens": tokens,
         "dtype": "float32",
         "code": TEXT_CODE,
     }
-    held: list[Any] = []
+    said: list[bool] = []
 
-    def make(begin: int, end: int) -> dict[str, np.ndarray]:
-        if not held:
-            from archipel.encoders.text import open_text
+    def give(begin: int, end: int) -> Arrays:
+        if not said:
+            said.append(True)
+            _say_truncated(len(_text_encoder(tokens).truncated(captions)), len(captions), tokens)
+        return {"captions": pack_json(captions[begin:end]), "length": np.array([tokens])}
 
-            held.append(open_text(run.config.text))
-            _say_truncated(len(held[0].truncated(captions)), len(captions), run.config.text.tokens)
-        condition = held[0].encode(captions[begin:end])
-        return {"tokens": condition.tokens.numpy(), "mask": condition.mask.numpy(), "pooled": condition.pooled.numpy()}
+    return _build(run, "text", spec, len(clips), make_text, give, [], stop, spread)
 
-    return cache.build(run.cache, "text", spec, len(clips), make, run_id=run.id, label="prepare: text", stop=stop)
+
+def make_text(root: Path, given: Arrays) -> Arrays:
+    """Captions and their length in tokens -> tokens (B, L, D) float32, mask (B, L) bool, pooled (B, P) float32."""
+    condition = _text_encoder(int(given["length"][0])).encode(unpack_json(given["captions"]))
+    return {"tokens": condition.tokens.numpy(), "mask": condition.mask.numpy(), "pooled": condition.pooled.numpy()}
 
 
 def _say_truncated(count: int, total: int, tokens: int) -> None:
@@ -187,7 +244,9 @@ def _say_truncated(count: int, total: int, tokens: int) -> None:
         print(f"prepare: {message}", file=sys.stderr, flush=True)
 
 
-def _features(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag) -> cache.Entry:
+def _features(
+    run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag, spread: Spread | None
+) -> cache.Entry:
     """efficientnet-appearance, efficientnet-motion and transnet, each float32 (N, D)."""
     judge = run.config.evaluate
     spec = {
@@ -198,24 +257,19 @@ def _features(run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: St
         "dtype": "float32",
         "code": FEATURES_CODE,
     }
-    held: list[cache.Rows] = []
+    rows = _rows_of(pixels, ("clips",))
 
-    def make(begin: int, end: int) -> dict[str, np.ndarray]:
-        from archipel.encoders.features import NAMES, extract
-
-        if not held:
-            held.append(pixels["clips"])
-        return {name: values.numpy() for name, values in extract(NAMES, held[0][begin:end], judge).items()}
+    def give(begin: int, end: int) -> Arrays:
+        return {**rows(begin, end), "judge": pack_json(judge.model_dump(mode="json"))}
 
     # The slowest part: smaller shards, so that little is lost to an interruption and the bar moves.
-    return cache.build(
-        run.cache,
-        "features",
-        spec,
-        pixels.rows,
-        make,
-        run_id=run.id,
-        label="prepare: features",
-        stop=stop,
-        per_shard=16,
-    )
+    return _build(run, "features", spec, pixels.rows, make_features, give, [], stop, spread, per_shard=16)
+
+
+def make_features(root: Path, given: Arrays) -> Arrays:
+    """Clips uint8 (B, F, H, W, 3) -> each of the networks' features (B, D) float32."""
+    from archipel.config import Evaluate
+    from archipel.encoders.features import NAMES, extract
+
+    judge = Evaluate.model_validate(unpack_json(given["judge"]))
+    return {name: values.numpy() for name, values in extract(NAMES, given["clips"], judge).items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from archipel.config import Clips
 from archipel.data.base import Item, Rejected, Source, Window
 from archipel.progress import StopFlag
 
-__all__ = ["Item", "Rejected", "Source", "Window", "count_items", "open_source"]
+__all__ = ["Item", "Rejected", "Source", "Window", "count_items", "decode_bytes", "open_source"]
 
 
 def open_source(clips: Clips, seed: int, stop: StopFlag | None = None) -> Source:
@@ -55,3 +57,14 @@ def count_items(clips: Clips) -> int | None:
     if count is not None and clips.count:
         return min(count, clips.count)
     return count
+
+
+def decode_bytes(source: str, data: bytes, window: Window) -> np.ndarray:
+    """What the source of that name makes of a clip's bytes, without the source: uint8 (P * F, H, W, 3). Raises Rejected."""
+    if source == "shapes":
+        from archipel.data.shapes import draw_bytes
+
+        return draw_bytes(data, window)
+    from archipel.data.decode import decode_clip
+
+    return decode_clip(data, window)

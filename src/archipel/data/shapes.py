@@ -248,6 +248,11 @@ def draw(recipe: dict[str, Any], window: Window) -> np.ndarray:
     return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
 
 
+def draw_bytes(data: bytes, window: Window) -> np.ndarray:
+    """``draw`` from a recipe as the source's bytes."""
+    return draw(json.loads(data), window)
+
+
 def _coverage(mask: np.ndarray, fine: int) -> np.ndarray:
     """Share of each pixel that a fine mask covers: bool (F, S, S) -> float32 (F, S / fine, S / fine)."""
     frames, height, width = mask.shape
@@ -279,7 +284,7 @@ class Shapes:
         return json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()
 
     def decode(self, item: Item, data: bytes, window: Window) -> np.ndarray:
-        return draw(json.loads(data), window)
+        return draw_bytes(data, window)
 
     def provenance(self) -> dict[str, Any]:
         return {"drawing": VERSION, "seed": self._seed, "combinations": len(SHAPES) * len(COLOURS) * len(MOTIONS)}

@@ -6,7 +6,9 @@ second, which decodes into the cache and continues where it was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import logging
@@ -14,16 +16,17 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from archipel import cache, store
 from archipel.config import check_count
-from archipel.data import open_source
+from archipel.data import decode_bytes, open_source
 from archipel.data.base import Item, Rejected, Source, Window, category, require
 from archipel.data.decode import motion_of
 from archipel.data.splits import assign_splits
@@ -31,6 +34,7 @@ from archipel.errors import ArchipelError, MissingStageError
 from archipel.manifest import SPLITS, Clip, Split, write_manifest
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
+from archipel.spread import Arrays, Spread, over_ranges, pack_json, unpack_json
 
 logger = logging.getLogger("archipel")
 
@@ -47,10 +51,11 @@ class Candidate:
     sha256: str
 
 
-def ingest(run: Run, stop: StopFlag) -> None:
+def ingest(run: Run, stop: StopFlag, spread: Spread | None = None) -> None:
     """Write the pixels into the cache, ``clips/manifest.parquet``, ``clips/rejected.csv`` and the card of ``clips/``.
 
-    Does nothing where it is done. Raises Stopped; ArchipelError where there are no clips, where more than
+    Does nothing where it is done. With ``spread`` clips are read here and decoded on other machines.
+    Raises Stopped; ArchipelError where there are no clips, where more than
     ``clips.max_rejected`` of them cannot be used, or where splits contradict groups; and what the source raises.
     """
     if _finished(run):
@@ -64,7 +69,7 @@ def ingest(run: Run, stop: StopFlag) -> None:
         candidates, rejected = _scan(run, source, items, stop)
         _hold_to_limit(run, items, rejected)
         _splits(run, candidates)  # a conflict is told before the decoding, not after it
-        entry = _decode_all(run, source, candidates, rejected, stop)
+        entry = _decode_all(run, source, candidates, rejected, stop, spread)
         _hold_to_limit(run, items, rejected)
         _write(run, source, items, candidates, rejected, entry)
 
@@ -133,7 +138,12 @@ def _scan(run: Run, source: Source, items: list[Item], stop: StopFlag) -> tuple[
 
 
 def _decode_all(
-    run: Run, source: Source, candidates: list[Candidate], rejected: dict[str, str], stop: StopFlag
+    run: Run,
+    source: Source,
+    candidates: list[Candidate],
+    rejected: dict[str, str],
+    stop: StopFlag,
+    spread: Spread | None,
 ) -> cache.Entry | None:
     """Fill the cache; reasons found on the way go into ``rejected``. None where there was nothing to decode."""
     if not candidates:
@@ -142,32 +152,34 @@ def _decode_all(
     window = Window.from_config(clips)
     known = {row["sha256"]: row["reason"] for row in store.read_jsonl(run.clips / _REASONS)}
 
+    def keep(begin: int, made: Arrays) -> dict[str, np.ndarray]:
+        for row, reason in unpack_json(made["reasons"]):
+            digest = candidates[begin + row].sha256
+            if known.get(digest) != reason:
+                known[digest] = reason
+                store.append_jsonl(run.clips / _REASONS, {"sha256": digest, "reason": reason})
+        arrays = {name: array for name, array in made.items() if name != "reasons"}
+        return {**arrays, "item": arrays["item"] + begin}
+
     def make(begin: int, end: int) -> dict[str, np.ndarray]:
-        kept, rows, motions = [], [], []
-        for row, outcome in _outcomes(source, candidates[begin:end], window, clips.min_motion):
-            if isinstance(outcome, str):
-                digest = candidates[begin + row].sha256
-                if known.get(digest) != outcome:
-                    known[digest] = outcome
-                    store.append_jsonl(run.clips / _REASONS, {"sha256": digest, "reason": outcome})
-                continue
-            kept.append(outcome)
-            rows.append(begin + row)
-            motions.append(motion_of(outcome[: window.frames]))
-        shape = (len(kept), window.phases, window.frames, window.size, window.size, 3)
-        windows = (np.stack(kept) if kept else np.zeros(shape, np.uint8)).reshape(shape)
-        more = {"phases": windows[:, 1:]} if window.phases > 1 else {}
-        return {
-            "clips": windows[:, 0],
-            **more,
-            "item": np.array(rows, np.int64),
-            "motion": np.array(motions, np.float32),
-        }
+        return keep(begin, _packed(_outcomes(source, candidates[begin:end], window, clips.min_motion), window))
+
+    def make_all(ranges: Sequence[tuple[int, int]]) -> Generator[dict[str, np.ndarray], None, None]:
+        assert spread is not None
+        settings = {"source": source.name, "window": window.spec(), "min_motion": clips.min_motion}
+
+        def give(begin: int, end: int) -> Arrays:
+            return _bytes_of([_read(source, candidate) for candidate in candidates[begin:end]], settings)
+
+        made = over_ranges(spread, make_clips, give, ranges, run.root, [])
+        with contextlib.closing(made):
+            for (begin, _), arrays in zip(ranges, made, strict=True):
+                yield keep(begin, arrays)
 
     spec = _spec(candidates, window, clips.min_motion)
     entry = cache.build(
-        run.cache, "pixels", spec, len(candidates), make,
-        run_id=run.id, label="prepare: decoding clips", stop=stop, per_shard=_PER_SHARD,
+        run.cache, "pixels", spec, len(candidates), make, run_id=run.id, label="prepare: decoding clips", stop=stop,
+        per_shard=_PER_SHARD, make_all=make_all if spread is not None else None,
     )  # fmt: skip
     kept = set(entry["item"][:].tolist())
     for row, candidate in enumerate(candidates):
@@ -192,40 +204,104 @@ def _spec(candidates: list[Candidate], window: Window, min_motion: float) -> dic
     }
 
 
+Outcome = np.ndarray | str  # a clip, or why there is none
+
+
+def _read(source: Source, candidate: Candidate) -> bytes | str:
+    """The clip's bytes, or why they cannot be had."""
+    try:
+        data = source.read(candidate.item)
+    except Rejected as rejection:
+        return rejection.reason
+    if store.sha256_bytes(data) != candidate.sha256:
+        return "changed: the file was replaced while it was read in"
+    return data
+
+
+def _decode(decode: Callable[[], np.ndarray], window: Window, min_motion: float) -> Outcome:
+    try:
+        clip = decode()
+    except Rejected as rejection:
+        return rejection.reason
+    motion = motion_of(clip[: window.frames])
+    if motion < min_motion:
+        return f"static: motion {motion:.4f} is below {min_motion:g}"
+    return clip
+
+
 def _outcomes(
     source: Source, candidates: list[Candidate], window: Window, min_motion: float
-) -> Iterator[tuple[int, np.ndarray | str]]:
+) -> Iterator[tuple[int, Outcome]]:
     """(number, clip or reason) in order. Bytes are read one after the other, decoding goes side by side."""
 
-    def decode(candidate: Candidate, data: bytes) -> np.ndarray | str:
-        try:
-            clip = source.decode(candidate.item, data, window)
-        except Rejected as rejection:
-            return rejection.reason
-        motion = motion_of(clip[: window.frames])
-        if motion < min_motion:
-            return f"static: motion {motion:.4f} is below {min_motion:g}"
-        return clip
+    def decode(candidate: Candidate, data: bytes) -> Outcome:
+        return _decode(lambda: source.decode(candidate.item, data, window), window, min_motion)
 
-    def read(candidate: Candidate) -> bytes | str:
-        try:
-            data = source.read(candidate.item)
-        except Rejected as rejection:
-            return rejection.reason
-        if store.sha256_bytes(data) != candidate.sha256:
-            return "changed: the file was replaced while it was read in"
-        return data
+    pieces = ((_read(source, candidate), functools.partial(decode, candidate)) for candidate in candidates)
+    return _side_by_side(pieces)
 
+
+def _side_by_side(pieces: Iterable[tuple[bytes | str, Callable[[bytes], Outcome]]]) -> Iterator[tuple[int, Outcome]]:
+    """(number, outcome) in order, decoded in a few threads; of the bytes at most eight clips' are held at a time."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         waiting: list[tuple[int, Any]] = []
-        for number, candidate in enumerate(candidates):
-            data = read(candidate)
-            waiting.append((number, data if isinstance(data, str) else pool.submit(decode, candidate, data)))
+        for number, (data, decode) in enumerate(pieces):
+            waiting.append((number, data if isinstance(data, str) else pool.submit(decode, data)))
             if len(waiting) >= 8:
                 first, result = waiting.pop(0)
                 yield first, result if isinstance(result, str) else result.result()
         for number, result in waiting:
             yield number, result if isinstance(result, str) else result.result()
+
+
+def _packed(outcomes: Iterator[tuple[int, Outcome]], window: Window) -> dict[str, np.ndarray]:
+    """clips uint8 (n, F, H, W, 3), phases where there are any, item int64 (n,) and motion float32 (n,) of those that
+    became clips, and as packed JSON the reasons of all others: [row, reason]."""
+    kept, rows, motions, reasons = [], [], [], []
+    for row, outcome in outcomes:
+        if isinstance(outcome, str):
+            reasons.append([row, outcome])
+            continue
+        kept.append(outcome)
+        rows.append(row)
+        motions.append(motion_of(outcome[: window.frames]))
+    shape = (len(kept), window.phases, window.frames, window.size, window.size, 3)
+    windows = (np.stack(kept) if kept else np.zeros(shape, np.uint8)).reshape(shape)
+    more = {"phases": windows[:, 1:]} if window.phases > 1 else {}
+    return {
+        "clips": windows[:, 0],
+        **more,
+        "item": np.array(rows, np.int64),
+        "motion": np.array(motions, np.float32),
+        "reasons": pack_json(reasons),
+    }
+
+
+# --- the same on another machine: bytes go there, clips come back ----------------------------------------------------
+
+
+def _bytes_of(clips: list[bytes | str], settings: dict[str, Any]) -> Arrays:
+    whole = [clip if isinstance(clip, bytes) else b"" for clip in clips]
+    return {
+        "data": np.frombuffer(b"".join(whole), np.uint8),
+        "ends": np.cumsum([len(clip) for clip in whole], dtype=np.int64),
+        "about": pack_json({**settings, "unread": [None if isinstance(clip, bytes) else clip for clip in clips]}),
+    }
+
+
+def make_clips(root: Path, given: Arrays) -> Arrays:
+    """Bytes of clips -> what became of them, as ``_packed`` says."""
+    about, ends = unpack_json(given["about"]), given["ends"].tolist()
+    window = Window(**{**about["window"], "background": tuple(about["window"]["background"])})
+
+    def decode(data: bytes) -> Outcome:
+        return _decode(lambda: decode_bytes(about["source"], data, window), window, about["min_motion"])
+
+    def pieces() -> Iterator[tuple[bytes | str, Callable[[bytes], Outcome]]]:
+        for begin, end, reason in zip([0, *ends], ends, about["unread"], strict=False):
+            yield given["data"][begin:end].tobytes() if reason is None else reason, decode
+
+    return _packed(_side_by_side(pieces()), window)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
