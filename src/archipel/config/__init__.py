@@ -4,7 +4,7 @@
 """
 
 from archipel.config.checks import check, check_count, rope_axes_for
-from archipel.config.files import build, known_keys, lookup, merge, parse_sets, read, to_toml
+from archipel.config.files import build, known_keys, lookup, merge, parse, parse_sets, read, to_toml
 from archipel.config.schema import (
     STRATEGIES,
     Backbone,
@@ -53,6 +53,7 @@ __all__ = [
     "known_keys",
     "lookup",
     "merge",
+    "parse",
     "parse_sets",
     "read",
     "rope_axes_for",

@@ -116,15 +116,20 @@ def read(path: Path) -> tuple[RunConfig, str]:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise ArchipelError(f"{path} is not there: make a run first with `archipel init {path.parent}`") from error
+    return parse(data, str(path))
+
+
+def parse(data: bytes, where: str) -> tuple[RunConfig, str]:
+    """The configuration in the bytes of a ``run.toml`` and their sha256, the run's id; ``where`` names it in errors."""
     try:
         values = tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} is not readable TOML ({error})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedError(f"{where} is not readable TOML ({error})") from error
     version = values.get("format")
     if not isinstance(version, int):
-        raise ConfigError(f"{path}: format is missing; it is {FORMAT} for this Archipel")
+        raise ConfigError(f"{where}: format is missing; it is {FORMAT} for this Archipel")
     if version > FORMAT:
         raise ArchipelError(
-            f"{path} has format {version}, this Archipel reads format {FORMAT}: install a newer Archipel (one that writes format {version})"
+            f"{where} has format {version}, this Archipel reads format {FORMAT}: install a newer Archipel (one that writes format {version})"
         )
-    return build(values, str(path)), store.sha256_bytes(data)
+    return build(values, where), store.sha256_bytes(data)

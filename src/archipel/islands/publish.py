@@ -1,0 +1,103 @@
+"""Publish a run: what islands need, and nothing else, put where they can reach it. The clips stay at home."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archipel import FORMAT, store
+from archipel.errors import ArchipelError, DamagedError
+from archipel.islands import keys
+from archipel.islands.claims import encode
+from archipel.islands.objects import Objects
+from archipel.progress import Progress, StopFlag
+from archipel.run import MONOLITH, Run
+
+_RECORDS = ".published"  # in the run's folder: what was sent where, so that a broken publish goes on
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` did: the run's id, how many files the bucket now lists, and how many bytes went there just now."""
+
+    run_id: str
+    url: str
+    files: int
+    sent: int
+
+
+def to_send(run: Run) -> dict[str, Path]:
+    """Key -> file of all that islands (and whoever generates) need, every folder held to its card first.
+
+    Raises MissingStageError before *partition*, DamagedError naming a damaged file.
+    """
+    folders = {"codec": run.codec}
+    folders |= {keys.shard(name): run.shard(name) for name in run.expert_names}
+    folders[keys.shard("all")] = run.shard(MONOLITH)
+    files = {keys.RUN: run.root / "run.toml"}
+    for prefix, folder in folders.items():
+        run.need(folder, "prepare" if prefix == "codec" else "partition")
+        problems = store.check_card(folder)
+        if problems:
+            raise DamagedError(f"{problems[0].path} {problems[0].reason}: make it anew with `archipel run {run.root}`")
+        card = store.read_card(folder) or {"files": {}}
+        for file in (*card["files"], keys.CARD):
+            files[f"{prefix}/{file}"] = folder / file
+    return files
+
+
+def publish(run: Run, url: str, stop: StopFlag) -> Published:
+    """Put a run into a bucket or folder; called again it sends what is missing and changes nothing that is there.
+
+    The store is probed first, the list of files (``published.json``) is created last. Raises ArchipelError for a prefix that
+    holds another run, Stopped with everything kept, StoreError.
+    """
+    files = to_send(run)
+    objects = Objects.open(url, make=True)
+    objects.give_up = lambda: bool(stop)
+    objects.probe()
+    _claim_prefix(objects, run)
+    listing = {key: {"sha256": store.sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()}
+    body = encode({"format": FORMAT, "kind": "published", "run": run.id, "jobs": run.job_names, "files": listing})
+    before = objects.get(keys.PUBLISHED)
+    if before in (None, body):  # else nothing there may be touched: islands may be training on it
+        _send(objects, run, files, listing, stop)
+    if before not in (None, body) or not objects.create(keys.PUBLISHED, body):
+        raise ArchipelError(
+            f"{objects.url} was published before from other shards of the same run.toml (the partition was made again?): "
+            "islands may be training on them; publish to another prefix"
+        )
+    return Published(run.id, objects.url, len(files), objects.traffic.sent)
+
+
+def _claim_prefix(objects: Objects, run: Run) -> None:
+    data = (run.root / "run.toml").read_bytes()
+    if objects.create(keys.RUN, data):
+        return
+    found = store.sha256_bytes(objects.get(keys.RUN) or b"")
+    raise ArchipelError(f"{objects.url} holds another run ({found[:12]}, this is {run.id[:12]}): choose another prefix")
+
+
+def _send(objects: Objects, run: Run, files: dict[str, Path], listing: dict[str, Any], stop: StopFlag) -> None:
+    record = run.root / _RECORDS / f"{store.sha256_bytes(objects.url.encode())[:16]}.json"
+    sent: dict[str, str] = {}
+    with contextlib.suppress(ArchipelError):
+        known = store.read_json(record) if record.exists() else {}
+        sent = known if isinstance(known, dict) else {}
+    there = {e.key: e.size for prefix in ("codec", "shards") for e in objects.list(prefix)}
+    todo = [
+        key
+        for key in files
+        if key != keys.RUN and not (sent.get(key) == listing[key]["sha256"] and there.get(key) == listing[key]["bytes"])
+    ]
+    total = sum(listing[key]["bytes"] for key in todo)
+    with Progress("publish (kB)", total // 1000) as bar:
+        for key in todo:
+            if stop:
+                raise stop.error("publish")
+            objects.put(key, files[key])
+            sent[key] = listing[key]["sha256"]
+            store.write_json(record, sent)
+            bar.advance(listing[key]["bytes"] // 1000, key)
