@@ -118,6 +118,11 @@ class Run:
         card = store.read_card(folder)
         return card is not None and card.get("run") == self.id
 
+    def expect(self, run_id: str) -> None:
+        """Raise ArchipelError where this is not the run whose id (its first 12 or more digits) was given."""
+        if len(run_id) < 12 or not self.id.startswith(run_id.lower()):
+            raise ArchipelError(f"{self.root} holds run {self.id}, not {run_id}: give another folder or another id")
+
     def need(self, folder: Path, stage: str) -> None:
         """Raise MissingStageError naming the stage to run where ``folder`` is not committed."""
         if not self.done(folder):

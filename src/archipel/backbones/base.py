@@ -6,6 +6,7 @@ names); what diffusers has no word for (prediction, latent and text shapes, role
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from archipel.flow.convert import velocity_from_x0
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_READS = 5
 _MAX_LAYERS = 1000  # a stranger's config.json must not make us build forever
 
 
@@ -89,8 +91,36 @@ def diffusers_config(network: Any) -> dict[str, Any]:
 def read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """A trained network's facts, configuration and tensors (in memory), each held to the card's checksums.
 
-    Raises MissingStageError where there is no card, DamagedError where a file is not what the card says.
+    They are of one version, also where another process is replacing it: if a file changed while it was read, all is
+    read again. Raises MissingStageError where there is no card, DamagedError where a file is not what the card says.
     """
+    for _ in range(_READS):
+        before = _stamps(folder)
+        try:
+            found = _read_folder(folder, stage)
+        except (DamagedError, FileNotFoundError):
+            if _stamps(folder) == before:
+                raise
+        else:
+            if _stamps(folder) == before:
+                return found
+        time.sleep(0.2)  # whoever replaces it writes weights, configuration and card in turn
+    raise DamagedError(f"{folder} is being replaced by another process: try again when it has finished")
+
+
+def _stamps(folder: Path) -> list[tuple[int, int, int] | None]:
+    """Inode, size and time of change of the files that must belong together; None for one that is not there."""
+    stamps: list[tuple[int, int, int] | None] = []
+    for name in ("card.json", CONFIG, WEIGHTS):
+        try:
+            stat = (folder / name).stat()
+            stamps.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except FileNotFoundError:
+            stamps.append(None)
+    return stamps
+
+
+def _read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     card = store.read_card(folder)
     if card is None:
         raise MissingStageError(f"{folder} is not trained yet: run `archipel {stage}` first")

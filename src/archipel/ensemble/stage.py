@@ -8,10 +8,12 @@ uint8 (N, F, H, W, 3), seeds and rows int64 (N,), weights float32 (N, S, K) wher
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +28,12 @@ from archipel.encoders.codecs import from_uint8, to_uint8
 from archipel.ensemble.pipeline import Archipelago, Parts, Settings, parse_strategy
 from archipel.errors import ArchipelError
 from archipel.flow import draws
+from archipel.flow.samplers import OnStep
 from archipel.manifest import Clip, read_manifest
 from archipel.partition.assignment import load_assignment
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
+from archipel.spread import Arrays, Spread, pack_json, unpack_json
 from archipel.training.machine import pick_device
 
 logger = logging.getLogger("archipel")
@@ -135,23 +139,28 @@ def plans(run: Run) -> list[Plan]:
     return made
 
 
-def generate_arms(run: Run, stop: StopFlag | None = None) -> None:
+def generate_arms(
+    run: Run, stop: StopFlag | None = None, spread: Spread | None = None, device: str | None = None
+) -> None:
     """Make what is missing of ``samples/<split>/`` for the split that is scored and for the showcase; commit with cards.
+
+    With ``spread`` batches are sampled on other machines, on their ``device``: the same batches, so the same bytes where
+    the same number of threads computes them.
 
     An interrupted arm continues after its last whole batch. An arm whose experts, router or codec were made anew is
     generated again, others are kept. Raises MissingStageError naming what has to run first, Stopped where asked to stop.
     """
     run.need(run.codec, "prepare")
     run.need(run.partition, "partition")
-    device = pick_device(None)
+    device = pick_device(None) if device is None else device
     parts, wanted = Parts(run, device), plans(run)
     parts.check(sorted({name for plan in wanted for arm in plan.arms for name in needed_parts(run, arm)}))
     archipelago = Archipelago(parts)
     for plan in wanted:
-        _generate_plan(plan, archipelago, stop)
+        _generate_plan(plan, archipelago, stop, spread)
 
 
-def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None) -> None:
+def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None, spread: Spread | None) -> None:
     run, arms = plan.run, plan.arms
     prompts = plan.prompts()
     inputs = {arm: _inputs(run, arm, prompts, archipelago.parts.device) for arm in ("real", "codec", *arms)}
@@ -166,6 +175,8 @@ def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None) 
             _real(plan, archipelago, arm, inputs[arm])
     todo = [arm for arm in arms if arm in missing]
     done_arms = [arm for arm in arms if arm not in missing]
+    if spread is not None:
+        _sample_elsewhere(plan, {arm: inputs[arm] for arm in todo}, archipelago.parts.device, spread, stop)
     steps = run.config.sample.steps
     costs = {arm: _cost(run, arm) * len(prompts) * steps for arm in arms}
     label = f"generate: {plan.split}, {len(arms)} arms"
@@ -199,7 +210,7 @@ def _generate_arm(
     """One arm in batches; each is kept in a folder of its own until the arm is whole."""
     settings = Settings.of(plan.run.config, strategy=arm)
     count, cost = len(plan.seeds), _cost(plan.run, arm)
-    kept = plan.folder / ".parts" / f"{arm}-{inputs[:16]}"
+    kept = _kept(plan, arm, inputs)
     at_start, began = bar.done, time.monotonic()
     pieces: list[dict[str, np.ndarray]] = []
     for begin in range(0, count, BATCH):
@@ -237,16 +248,97 @@ def _batch(
             raise stop.error("generate")
         bar.update(before + i * units, settings.strategy)
 
-    clusters = (
-        plan.clusters[part].tolist()
-        if parse_strategy(settings.strategy, plan.run.config.partition.k)[0] == "oracle"
-        else None
-    )
-    latents, trace = archipelago.sample(settings, plan.cond[part], plan.seeds[part], clusters=clusters, on_step=on_step)
+    clusters = _clusters(plan, settings.strategy, part)
+    return _sampled(archipelago, settings, plan.cond[part], plan.seeds[part], clusters, on_step)
+
+
+def _clusters(plan: Plan, arm: str, part: slice) -> list[int] | None:
+    return plan.clusters[part].tolist() if parse_strategy(arm, plan.run.config.partition.k)[0] == "oracle" else None
+
+
+def _sampled(
+    archipelago: Archipelago,
+    settings: Settings,
+    cond: Conditioning,
+    seeds: list[int],
+    clusters: list[int] | None,
+    on_step: OnStep | None,
+) -> dict[str, np.ndarray]:
+    """clips uint8 (B, F, H, W, 3), expert_rows (1,), and weights float32 (B, S, K) where experts are mixed."""
+    latents, trace = archipelago.sample(settings, cond, seeds, clusters=clusters, on_step=on_step)
     out = {"clips": archipelago.decode(latents), "expert_rows": np.array([sum(trace.rows.values())], dtype=np.int64)}
     if settings.strategy != MONOLITH:
         out["weights"] = trace.per_step(settings.solver)
     return out
+
+
+# --- the same on other machines --------------------------------------------------------------------------------------
+
+
+def _kept(plan: Plan, arm: str, inputs: str) -> Path:
+    """Where an arm's batches are kept until it is whole."""
+    return plan.folder / ".parts" / f"{arm}-{inputs[:16]}"
+
+
+def _sample_elsewhere(plan: Plan, inputs: dict[str, str], device: str, spread: Spread, stop: StopFlag | None) -> None:
+    """Let other machines sample the batches that are missing, and keep them where ``_generate_arm`` finds them."""
+    count = len(plan.seeds)
+    missing = [
+        (arm, begin, path)
+        for arm in inputs
+        for begin in range(0, count, BATCH)
+        if not (path := _kept(plan, arm, inputs[arm]) / f"{begin:06d}.safetensors").is_file()
+    ]
+    if not missing:
+        return
+
+    def given() -> Iterator[Arrays]:
+        for arm, begin, _ in missing:
+            part = slice(begin, min(begin + BATCH, count))
+            cond, clusters = plan.cond[part], _clusters(plan, arm, part)
+            about = {"arm": arm, "inputs": inputs[arm], "device": device, "clusters": clusters}
+            names = {"tokens": cond.tokens, "mask": cond.mask, "pooled": cond.pooled}
+            tensors = {name: tensor.numpy() for name, tensor in names.items()}
+            yield {**tensors, "seeds": np.array(plan.seeds[part], np.int64), "about": pack_json(about)}
+
+    label, files = f"generate: {plan.split}, batches elsewhere", _files(plan.run, list(inputs))
+    made = contextlib.closing(spread(make_batch, given(), plan.run.root, files, device=device))
+    with Progress(label, len(missing)) as bar, made as batches:
+        for _, _, path in missing:
+            if stop:
+                raise stop.error("generate")
+            store.write_tensors(path, next(batches))
+            bar.advance()
+
+
+def make_batch(root: Path, given: Arrays) -> Arrays:
+    """What the batch's captions, seeds and arm give, as ``_sampled`` says."""
+    about = unpack_json(given["about"])
+    archipelago = _archipelago(root, about["device"], about["inputs"])
+    cond = Conditioning(*(torch.from_numpy(np.array(given[name])) for name in ("tokens", "mask", "pooled")))
+    settings = Settings.of(archipelago.config, strategy=about["arm"])
+    return _sampled(archipelago, settings, cond, given["seeds"].tolist(), about["clusters"], None)
+
+
+@functools.lru_cache(maxsize=1)
+def _archipelago(root: Path, device: str, inputs: str) -> Archipelago:
+    """Once per process for each arm: ``inputs`` stands for the weights."""
+    return Archipelago.load(root, device=pick_device(device))
+
+
+def _files(run: Run, arms: Sequence[str]) -> list[str]:
+    """What sampling reads of a run: cards, configurations and weights, no checkpoints."""
+    names = dict.fromkeys(name for arm in arms for name in needed_parts(run, arm))
+    found = ["run.toml"]
+    for folder in (run.codec, *(run.expert(name) for name in names)):
+        listed = (store.read_card(folder) or {}).get("files", {})
+        for name in ("card.json", *listed, "calibration.json"):
+            if (folder / name).is_file():
+                found.append((folder / name).relative_to(run.root).as_posix())
+    return list(dict.fromkeys(found))
+
+
+# --- commit ----------------------------------------------------------------------------------------------------------
 
 
 def _commit(plan: Plan, inputs: dict[str, str]) -> None:

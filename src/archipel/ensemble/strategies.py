@@ -8,6 +8,10 @@ posterior, never networks, so exact ones, remote ones and other ensembles fit as
 Source: Decentralized Diffusion Models (arXiv 2501.05450), eq. 4 and its test-time strategies (Table 1); renormalised
 over the kept experts, v = sum_{k in S} w_k v_k / sum_{k in S} w_k. Drawing a new expert at every step broke that
 paper's samples; drawing one per clip for the whole path ("ancestral") does not, since p(x | c) = sum_k p(k | c) p_k(x | c).
+
+Where experts are missing (not trained yet, not admitted), ``present`` names those that are there. The posterior is
+restricted to them and renormalised before a strategy looks at it: p(k | x, t, c, k in present), the exact posterior of the
+mixture that the present clusters make up by themselves. The missing ones have weight 0 and are never called.
 """
 
 from __future__ import annotations
@@ -66,6 +70,18 @@ def renormalise(p: Tensor, kept: Tensor) -> Tensor:
     return torch.where(total > torch.finfo(p.dtype).tiny, share / total.clamp(min=torch.finfo(p.dtype).tiny), equal)
 
 
+def restrict(p: Tensor, present: Sequence[int] | None) -> Tensor:
+    """Posterior (B, K) over the experts that are there, rows summing to 1; ``p`` itself where all are (None)."""
+    return p if present is None else renormalise(p, _mask(present, p))
+
+
+def _mask(present: Sequence[int], p: Tensor) -> Tensor:
+    """bool (1, K), on the device of ``p`` (B, K)."""
+    mask = torch.zeros(1, p.shape[1], dtype=torch.bool, device=p.device)
+    mask[0, list(present)] = True
+    return mask
+
+
 # --- weightings ------------------------------------------------------------------------------------------------------
 
 
@@ -83,19 +99,27 @@ class Weighting(Protocol):
 
 
 class Routed:
-    """Weights from the posterior at every step, restricted to the experts that ``select`` keeps."""
+    """Weights from the posterior at every step, restricted to the experts that ``select`` keeps.
 
-    def __init__(self, router: Posterior, select: Select) -> None:
-        self._router, self._select = router, select
+    ``present``: numbers of the experts that are there, at least one; None: all.
+    """
+
+    def __init__(self, router: Posterior, select: Select, present: Sequence[int] | None = None) -> None:
+        self._router, self._select, self._present = router, select, present
+
+    def _kept(self, p: Tensor) -> Tensor:
+        kept = self._select(p)  # top-k of more experts than are there would keep some with weight 0
+        return kept if self._present is None else kept & _mask(self._present, p)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
         if not null:
-            p = _checked(self._router(x, t, cond))
-            w = renormalise(p, self._select(p))
+            p = restrict(_checked(self._router(x, t, cond)), self._present)
+            w = renormalise(p, self._kept(p))
             return w, w
         doubled = Conditioning.cat([cond, cond.null()])
         p, q = _checked(self._router(torch.cat([x, x]), torch.cat([t, t]), doubled)).chunk(2)
-        kept = self._select(p)  # chosen by p(k | x, t, c) alone: one set of experts serves both branches
+        p = restrict(p, self._present)
+        kept = self._kept(p)  # chosen by p(k | x, t, c) alone: one set of experts serves both branches
         return renormalise(p, kept), renormalise(q, kept)
 
     def needed(self) -> list[int] | None:
@@ -134,15 +158,16 @@ def one_each(chosen: Sequence[int] | np.ndarray | Tensor, k: int) -> Fixed:
     return Fixed(torch.nn.functional.one_hot(numbers, k).float())
 
 
-def uniform(clips: int, k: int) -> Fixed:
-    """Every expert with weight 1 / k: a control that ignores the router."""
-    return Fixed(torch.full((clips, k), 1 / k))
+def uniform(clips: int, k: int, present: Sequence[int] | None = None) -> Fixed:
+    """Every expert (that is there) with the same weight: a control that ignores the router."""
+    return Fixed(restrict(torch.full((clips, k), 1 / k), present))
 
 
-def random_expert(seeds: Sequence[int], k: int) -> Fixed:
-    """One expert per clip drawn evenly from the clip's seed: a control for the router's choice."""
+def random_expert(seeds: Sequence[int], k: int, present: Sequence[int] | None = None) -> Fixed:
+    """One expert (of those there) per clip drawn evenly from the clip's seed: a control for the router's choice."""
     u = np.concatenate([draws.uniforms(seed, [1]) for seed in seeds]) if seeds else np.empty(0)
-    return one_each(np.minimum((u * k).astype(np.int64), k - 1), k)
+    there = np.array(range(k) if present is None else sorted(present), dtype=np.int64)
+    return one_each(there[np.minimum((u * len(there)).astype(np.int64), len(there) - 1)], k)
 
 
 def text_posterior(
@@ -171,14 +196,23 @@ def draw(p: Tensor, seeds: Sequence[int]) -> np.ndarray:
     return np.asarray(np.minimum(passed, p.shape[1] - 1))
 
 
-def ancestral(router: Posterior, cond: Conditioning, shape: Sequence[int], seeds: Sequence[int]) -> Fixed:
+def ancestral(
+    router: Posterior,
+    cond: Conditioning,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    present: Sequence[int] | None = None,
+) -> Fixed:
     """Draw k ~ p(k | c) once per clip and follow expert k alone to t = 0: exact for a mixture, one expert per clip.
 
     The posterior needs the caption and no noisy latent; the draw needs the clip's seed, in a stream of its own, so it
-    is independent of the clip's noise and of its batch mates.
+    is independent of the clip's noise and of its batch mates. With some experts missing: k ~ p(k | c, k in present).
     """
     p = text_posterior(router, cond, shape)
-    return one_each(draw(p, seeds), p.shape[1])
+    if present is None:
+        return one_each(draw(p, seeds), p.shape[1])
+    there = sorted(present)
+    return one_each(np.array(there)[draw(restrict(p, there)[:, there], seeds)], p.shape[1])
 
 
 # --- the mixture -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from archipel import store
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError, MissingStageError
-from archipel.routing.calibration import Calibration
+from archipel.routing.calibration import Calibration, identity
 from archipel.run import ROUTER, Run
 
 Logits = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -78,9 +78,12 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "sha256": store.sha256_json(value)}
 
 
-def read_calibration(run: Run) -> Calibration | None:
-    """The calibration of the router as it is now, or None where there is none or it belongs to another training."""
-    folder = run.expert(ROUTER)
+def read_calibration(run: Run, folder: Path | None = None) -> Calibration | None:
+    """The calibration of the router as it is now, or None where there is none or it belongs to another training.
+
+    ``folder``: where the router lies, if not in the run's own place.
+    """
+    folder = folder or run.expert(ROUTER)
     path = folder / CALIBRATION
     if not path.exists():
         return None
@@ -99,14 +102,27 @@ def read_calibration(run: Run) -> Calibration | None:
     return found
 
 
-def load_router(run: Run) -> CalibratedRouter:
-    """The run's router, on the CPU. Raises MissingStageError where it is not trained or (for these weights) not
-    calibrated, DamagedError where a file is not what its card says."""
+def load_router(run: Run, folder: Path | None = None, *, uncalibrated: bool = False) -> CalibratedRouter:
+    """The run's router, on the CPU; ``folder`` as in ``read_calibration``.
+
+    With ``uncalibrated`` one without a calibration answers as its network does (temperature 1). Raises
+    MissingStageError where it is not trained or (for these weights) not calibrated, DamagedError where a file is not
+    what its card says, or where the files were replaced while they were read.
+    """
     from archipel.backbones.router import load_router_network
 
-    folder = run.expert(ROUTER)
+    folder = folder or run.expert(ROUTER)
     run.need(folder, "route")
-    calibration = read_calibration(run)
+    before = model_hash(folder)
+    calibration = read_calibration(run, folder)
     if calibration is None:
-        raise MissingStageError(f"{folder} is not calibrated: run `archipel route {run.root}` first")
-    return CalibratedRouter(load_router_network(folder), calibration)
+        if not uncalibrated:
+            raise MissingStageError(f"{folder} is not calibrated: run `archipel route {run.root}` first")
+        k = run.config.partition.k
+        calibration = identity(np.full(k, 1 / k))  # at temperature 1 the prior cancels
+    network = load_router_network(folder)
+    if model_hash(folder) != before:
+        raise DamagedError(f"{folder} was replaced while it was read: try again")
+    if network.experts != run.config.partition.k:
+        raise DamagedError(f"{folder} routes to {network.experts} experts, the run has {run.config.partition.k}")
+    return CalibratedRouter(network, calibration)
