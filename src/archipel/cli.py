@@ -159,18 +159,25 @@ def report(run: RunPath) -> None:
 def run_(
     run: RunPath,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per training process.")] = None,
+    engine: Annotated[str, typer.Option(help="Where the work is done: local, ray, slurm or sky.")] = "local",
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or URL that all machines of the engine see (default: RUN/store).", show_default=False
+        ),
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Do everything that is missing, in order."""
     from archipel import pipeline
 
-    _run_all(pipeline.open_run(run, sets or []), threads)
+    _run_all(pipeline.open_run(run, sets or []), threads, engine, store)
 
 
-def _run_all(opened: Any, threads: int | None = None) -> None:
+def _run_all(opened: Any, threads: int | None = None, engine: str = "local", store: str | None = None) -> None:
     from archipel import pipeline
 
-    page = pipeline.run_all(opened, threads=threads)
+    page = pipeline.run_all(opened, threads=threads, engine=engine, store_url=store)
     _print_table(opened)
     say(f"report: {page}")
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from archipel import config as configuration
 from archipel import presets, store
@@ -22,6 +22,9 @@ from archipel.config import RunConfig
 from archipel.errors import ArchipelError, ConfigError
 from archipel.progress import StopFlag, log_to
 from archipel.run import MONOLITH, ROUTER, Run
+
+if TYPE_CHECKING:
+    from archipel.islands.launch.engine import Engine
 
 STAGES = ("prepare", "partition", "train", "route", "generate", "evaluate", "report")
 _WITH_PATH = ("folder", "webdataset", "huggingface")  # sources that read from clips.path
@@ -139,11 +142,11 @@ def _alone(run: Run, stage: str, *folders: Path) -> Iterator[None]:
         yield
 
 
-def prepare(run: Run, stop: StopFlag | None = None) -> None:
+def prepare(run: Run, stop: StopFlag | None = None, engine: Engine | None = None) -> None:
     from archipel.prepare import prepare as stage
 
     with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec):
-        stage(run, flag)
+        stage(run, flag, None if engine is None else engine.items)
 
 
 def partition(run: Run, stop: StopFlag | None = None) -> None:
@@ -170,10 +173,15 @@ def train(
 
 
 def train_all(
-    run: Run, stop: StopFlag | None = None, *, workers: int | None = None, threads: int | None = None
+    run: Run,
+    stop: StopFlag | None = None,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    engine: Engine | None = None,
 ) -> None:
-    """Train every missing job, each in a process of its own, and write the ledger: one job per GPU where there are any,
-    else ``workers`` at a time (default: one per core)."""
+    """Train every missing job and write the ledger: where ``engine`` says, else each in a process of its own, one per GPU
+    where there are any, else ``workers`` at a time (default: one per core)."""
     from archipel.islands.launch.local import launch
     from archipel.training import machine
     from archipel.training.budget import write_ledger
@@ -181,7 +189,10 @@ def train_all(
     run.need(run.shard(MONOLITH), "partition")
     if len(_trained(run)) < len(run.job_names):
         with _stopping(stop) as flag:
-            launch(run, run.job_names, flag, workers=workers, threads=threads, accelerators=machine.accelerators())
+            if engine is not None:
+                engine.train([name for name in run.job_names if name not in _trained(run)], flag)
+            else:
+                launch(run, run.job_names, flag, workers=workers, threads=threads, accelerators=machine.accelerators())
     write_ledger(run)
 
 
@@ -192,13 +203,16 @@ def route(run: Run, stop: StopFlag | None = None) -> None:
         stage(run, stop=flag)
 
 
-def generate(run: Run, stop: StopFlag | None = None) -> None:
+def generate(run: Run, stop: StopFlag | None = None, engine: Engine | None = None) -> None:
     """Generate the clips that will be scored, all arms from the same captions and noise."""
     from archipel.ensemble.stage import generate_arms
 
     folder = run.samples(run.config.evaluate.split)
     with _stopping(stop) as flag, _alone(run, "generate", folder), log_to(run.log("generate")):
-        generate_arms(run, flag)
+        if engine is None:
+            generate_arms(run, flag)
+        else:
+            generate_arms(run, flag, engine.tasks, engine.device)
 
 
 def evaluate(run: Run, stop: StopFlag | None = None) -> None:
@@ -266,11 +280,32 @@ def _features_ready(run: Run) -> bool:
     return {"pixels", "latents", "text", "features"} <= set(index.get("kinds", index))
 
 
-def run_all(run: Run, stop: StopFlag | None = None, *, threads: int | None = None) -> Path:
-    """Do all that is missing, in order, training with ``threads`` threads per job. Returns the report's path."""
-    train = functools.partial(train_all, threads=threads)
-    with _stopping(stop) as flag:
-        for stage in (prepare, partition, train, route, generate, evaluate):
+def run_all(
+    run: Run,
+    stop: StopFlag | None = None,
+    *,
+    threads: int | None = None,
+    engine: str = "local",
+    store_url: str | None = None,
+) -> Path:
+    """Do all that is missing, in order, training with ``threads`` threads per job. Returns the report's path.
+
+    ``engine`` (local, ray, slurm or sky) decides only where clips are prepared, experts trained and samples made;
+    ``store_url`` is a store that all its machines see (default: a folder of the run).
+    """
+    from archipel.islands.launch.engine import open_engine
+
+    opened = open_engine(engine, run, store=store_url, threads=threads)
+    with contextlib.ExitStack() as stack:
+        flag = stack.enter_context(_stopping(stop))
+        if opened is not None:
+            stack.enter_context(opened)
+        where = {} if opened is None else {"engine": opened}
+        train = functools.partial(train_all, threads=threads, **where)
+        for stage in (
+            functools.partial(prepare, **where), partition, train,
+            route, functools.partial(generate, **where), evaluate,
+        ):  # fmt: skip
             with log_to(run.log("run")):
                 stage(run, flag)
             if flag:

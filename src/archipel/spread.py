@@ -7,7 +7,7 @@ function runs and brings its arrays back in order. Without an engine the same fu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +24,12 @@ class Spread(Protocol):
 
     ``needs`` are files and folders of ``root`` (relative names) that ``make`` reads. ``device`` is where it computes:
     an engine gives pieces for ``cuda`` a GPU each. ``given`` is read as far ahead as the engine can keep busy with.
+    Closing the generator takes back what has not begun.
     """
 
     def __call__(
         self, make: Make, given: Iterable[Arrays], root: Path, needs: Sequence[str], *, device: str = "cpu"
-    ) -> Iterator[Arrays]: ...
+    ) -> Generator[Arrays, None, None]: ...
 
 
 def over_ranges(
