@@ -300,7 +300,7 @@ def run_all(
         flag = stack.enter_context(_stopping(stop))
         if opened is not None:
             stack.enter_context(opened)
-        where = {} if opened is None else {"engine": opened}
+        where: dict[str, Any] = {} if opened is None else {"engine": opened}
         train = functools.partial(train_all, threads=threads, **where)
         for stage in (
             functools.partial(prepare, **where), partition, train,
