@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,11 +301,15 @@ def run_all(
         if opened is not None:
             stack.enter_context(opened)
         where: dict[str, Any] = {} if opened is None else {"engine": opened}
-        train = functools.partial(train_all, threads=threads, **where)
-        for stage in (
-            functools.partial(prepare, **where), partition, train,
-            route, functools.partial(generate, **where), evaluate,
-        ):  # fmt: skip
+        stages: list[Callable[[Run, StopFlag], None]] = [
+            functools.partial(prepare, **where),
+            partition,
+            functools.partial(train_all, threads=threads, **where),
+            route,
+            functools.partial(generate, **where),
+            evaluate,
+        ]
+        for stage in stages:
             with log_to(run.log("run")):
                 stage(run, flag)
             if flag:
