@@ -103,8 +103,28 @@ def test_a_card_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     store.write_card(folder, "thing", "run", [])
     card = store.read_json(folder / "card.json") | {"files": {"../secret": {"sha256": "", "bytes": 1}}}
-    store.write_json(folder / "card.json", card)
+    store.write_sealed(folder / "card.json", card)
     assert "outside" in store.check_card(folder)[0].reason
+
+
+def test_every_flipped_bit_of_a_card_is_noticed(tmp_path: Path) -> None:
+    store.write_card(tmp_path, "thing", "run", [], steps=12, share=0.25, words=["a", None], shapes={1: (2, 3)})
+    path = tmp_path / "card.json"
+    whole = path.read_bytes()
+    card = store.read_card(tmp_path)
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = store.read_card(tmp_path)
+        except ArchipelError as error:
+            assert str(path) in str(error)
+        else:
+            assert found == card, f"bit {bit} changed what was read"  # white space
+    older = {key: value for key, value in (card or {}).items() if key != store.CHECK}
+    store.write_json(path, older)
+    assert store.read_card(tmp_path) == older, "cards of earlier versions have no seal"
 
 
 def test_jsonl_survives_a_torn_last_line(tmp_path: Path) -> None:

@@ -182,6 +182,21 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 # --- cards: what a finished folder holds -----------------------------------------------------------------------------
 
+CHECK = "check"
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with the sha256 of its own content as its last entry: what ``sealed`` looks at."""
+    rest = json.loads(json.dumps({key: part for key, part in value.items() if key != CHECK}))
+    write_json(path, {**rest, CHECK: sha256_json(rest)})
+
+
+def sealed(value: Mapping[str, Any]) -> bool:
+    """Whether a parsed JSON object is as it was written: sealed and whole, or an older one that has no seal."""
+    last = next(reversed(value), "")  # a seal is the last entry, also where a flipped bit has changed its name
+    whole = value.get(last) == sha256_json({key: part for key, part in value.items() if key != last})
+    return whole and last == CHECK if CHECK in value else not whole
+
 
 def write_card(folder: Path, kind: str, run_id: str, files: Iterable[str], **fields: Any) -> dict[str, Any]:
     """Commit a folder: hash ``files`` (paths relative to it) and write ``card.json`` last.
@@ -193,7 +208,7 @@ def write_card(folder: Path, kind: str, run_id: str, files: Iterable[str], **fie
         path = folder / name
         listed[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     card = {"format": FORMAT, "kind": kind, "run": run_id, **fields, "files": listed}
-    write_json(folder / "card.json", card)
+    write_sealed(folder / "card.json", card)
     return card
 
 
@@ -205,6 +220,8 @@ def read_card(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
     card = read_json(path)
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise DamagedError(f"{path} is not a card (no integer 'format'); remove it to make the folder anew")
+    if not sealed(card):
+        raise DamagedError(f"{path} is damaged: its content is not what was written; remove it to make the folder anew")
     if card["format"] > FORMAT:
         raise ArchipelError(
             f"{path} has format {card['format']}, this Archipel reads format {FORMAT}: "

@@ -225,10 +225,10 @@ def test_a_codec_whose_card_and_tensors_disagree_is_refused(tmp_path: Path) -> N
     codec.save(tmp_path, "run")
     card = store.read_json(tmp_path / "card.json")
     for harm in ({"patch": [4, 4, 4]}, {"channels": 11}, {"patch": "x"}, {"gamma": None}):
-        store.write_json(tmp_path / "card.json", {**card, "codec": {**card["codec"], **harm}})
+        store.write_sealed(tmp_path / "card.json", {**card, "codec": {**card["codec"], **harm}})
         with pytest.raises(DamagedError, match=str(tmp_path)):
             codecs.load_codec(tmp_path)
-    store.write_json(tmp_path / "card.json", {**card, "codec": {**card["codec"], "name": "vae"}})
+    store.write_sealed(tmp_path / "card.json", {**card, "codec": {**card["codec"], "name": "vae"}})
     with pytest.raises(ArchipelError, match="does not know"):
         codecs.load_codec(tmp_path)
 

@@ -81,7 +81,7 @@ def test_torn_or_foreign_shards_are_made_again_and_whole_ones_kept(parted: Run) 
     whole, before = torn.read_bytes(), kept.stat().st_mtime_ns
     torn.write_bytes(whole[:-5])
     card = store.read_json(parted.shard("2") / "card.json")
-    store.write_json(parted.shard("2") / "card.json", {**card, "source": {"assignment": "other"}})
+    store.write_sealed(parted.shard("2") / "card.json", {**card, "source": {"assignment": "other"}})
     write_shards(parted)
     assert torn.read_bytes() == whole
     assert kept.stat().st_mtime_ns == before

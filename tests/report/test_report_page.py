@@ -134,7 +134,7 @@ def test_every_field_of_a_strangers_files_is_escaped(full_run: Run) -> None:
         store.write_json(path, spoil(value))
     card = store.read_json(full_run.clips / "card.json")
     card["provenance"] = {bad: bad, "license": bad}
-    store.write_json(full_run.clips / "card.json", card)
+    store.write_sealed(full_run.clips / "card.json", card)
     seen = page(full_run)
     assert all(image["src"].startswith("data:image/") for image in seen.all("img"))
     assert not any("onerror" in attributes for _, attributes in seen.elements)
@@ -296,7 +296,7 @@ def test_a_source_path_of_this_machine_is_shortened(tmp_path: Path) -> None:
 
 def test_a_card_of_another_run_is_left_out(full_run: Run) -> None:
     folder = full_run.expert("0")
-    store.write_json(folder / "card.json", store.read_json(folder / "card.json") | {"run": "0" * 64})
+    store.write_sealed(folder / "card.json", store.read_json(folder / "card.json") | {"run": "0" * 64})
     seen = page(full_run)
     assert "experts/0/card.json: was written for another run" in seen.text and "archipel train emoji 0" in seen.text
 
@@ -305,7 +305,7 @@ def test_an_expert_that_read_another_shard_is_shown(full_run: Run) -> None:
     folder = full_run.expert("0")
     card = store.read_json(folder / "card.json")
     card["touched"]["read"].append("shards/2/train.safetensors")
-    store.write_json(folder / "card.json", card)
+    store.write_sealed(folder / "card.json", card)
     assert '<span class="alert">shards/2/train.safetensors</span>' in render(full_run)
 
 

@@ -79,7 +79,7 @@ def test_another_runs_and_a_newer_formats_are_refused_not_passed_over(two: Path)
     with pytest.raises(ArchipelError, match=r"another run\.toml"):
         checkpoint.latest(two, "other")
     path = two / "00000020" / "manifest.json"
-    store.write_json(path, {**store.read_json(path), "format": 99})
+    store.write_sealed(path, {**store.read_json(path), "format": 99})
     with pytest.raises(ArchipelError, match="format 99"):
         checkpoint.latest(two, "id")
 

@@ -83,7 +83,7 @@ def test_what_an_earlier_process_touched_stays_in_the_card(small_run: Run) -> No
     path = small_run.expert("0") / "checkpoints" / "00000007" / "manifest.json"
     manifest = store.read_json(path)
     manifest["touched"]["connected"] = ["192.0.2.1:443"]
-    store.write_json(path, manifest)
+    store.write_sealed(path, manifest)
     train(small_run, "0", threads=1)
     card = card_of(small_run, "0")
     assert card["touched"]["connected"] == ["192.0.2.1:443"] and card["resumed"] == 1 and card["bitwise"]
@@ -176,7 +176,7 @@ def test_resuming_uses_the_recorded_threads_and_says_where_the_build_differs(
     path = small_run.expert("1") / "checkpoints" / "00000006" / "manifest.json"
     manifest = store.read_json(path)
     manifest["builds"][-1] |= {"torch": "1.0", "threads": 3}
-    store.write_json(path, manifest)
+    store.write_sealed(path, manifest)
     train(small_run, "1", threads=1)
     said = capsys.readouterr().err
     assert "torch 1.0, now " in said and "threads 3, now 1" in said and "not agree bit for bit" in said

@@ -137,7 +137,7 @@ def test_ledger_of_an_unfinished_run_is_not_matched(small_run, absent: str) -> N
 def test_a_card_of_another_run_counts_for_nothing(small_run) -> None:
     _card(small_run, "0", 4000)
     card = store.read_card(small_run.expert("0"))
-    store.write_json(small_run.expert("0") / "card.json", {**card, "run": "another"})
+    store.write_sealed(small_run.expert("0") / "card.json", {**card, "run": "another"})
     assert "0" in budget.write_ledger(small_run)["missing"]
 
 

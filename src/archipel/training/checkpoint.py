@@ -48,7 +48,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
         (target / MANIFEST).unlink(missing_ok=True)  # being replaced: unfinished until the new manifest is there
         store.write_bytes(target / STATE, data)
         files = {STATE: {"sha256": store.sha256_bytes(data), "bytes": len(data)}}
-        store.write_json(target / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+        store.write_sealed(target / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
     except OSError:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -85,6 +85,8 @@ def _read(path: Path, run_id: str) -> Checkpoint:
     manifest = store.read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise DamagedError("its manifest is not one")
+    if not store.sealed(manifest):
+        raise DamagedError("its manifest is damaged: its content is not what was written")
     if manifest["format"] > FORMAT:
         raise ArchipelError(
             f"{path / MANIFEST} has format {manifest['format']}, this Archipel reads format {FORMAT}: "
@@ -99,6 +101,8 @@ def _read(path: Path, run_id: str) -> Checkpoint:
         wanted, step = manifest["files"][STATE], int(manifest["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"its manifest lacks {error}") from error
+    if path.name != f"{step:08d}":
+        raise DamagedError(f"its manifest is that of step {step}")
     if not (path / STATE).is_file():
         raise DamagedError(f"{STATE} is missing")
     size = (path / STATE).stat().st_size
