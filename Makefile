@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-system check bench docs clean
+.PHONY: help setup setup-sky demo test test-system check bench docs clean
 
 help:
 	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"
@@ -22,6 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 setup: $(STAMP)
+
+# SkyPilot does not fit beside the rest; it only reads our task files, in an environment of its own.
+.venv-sky/.installed: constraints-sky.txt
+	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-sky.txt skypilot
+	@touch $@
+
+setup-sky: .venv-sky/.installed
 
 demo: setup
 	$(BIN)/archipel demo demo
@@ -46,4 +54,4 @@ docs: setup
 	$(BIN)/python -m archipel.docs
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-sky build dist

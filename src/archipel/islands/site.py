@@ -82,8 +82,10 @@ class SkySite(Section):
     cpus: str = Field("", description="vCPUs: 8, or 8+ for at least 8.")
     memory: str = Field("", description="Memory in GB: 32, or 32+.")
     disk_size: int = Field(0, ge=0, description="Disk in GB.")
-    cloud: str = Field("", description="aws, gcp, azure, kubernetes, ...")
-    region: str = Field("", description="Region, best that of the bucket.")
+    infra: str = Field(
+        "",
+        description="Where: aws, gcp/us-central1, k8s, ... Best the region of the bucket, whose traffic is then free.",
+    )
     image_id: str = Field("", description="Machine image or docker:NAME.")
     use_spot: bool = Field(
         True, description="Spot machines: one that is taken away costs the steps since its checkpoint."
