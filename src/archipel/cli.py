@@ -166,18 +166,22 @@ def run_(
             help="Folder or URL that all machines of the engine see (default: RUN/store).", show_default=False
         ),
     ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="On top of RUN/site.toml, for example slurm.partition=gpu; repeatable."),
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Do everything that is missing, in order."""
     from archipel import pipeline
 
-    _run_all(pipeline.open_run(run, sets or []), threads, engine, store)
+    _run_all(pipeline.open_run(run, sets or []), threads=threads, engine=engine, store_url=store, site=site or [])
 
 
-def _run_all(opened: Any, threads: int | None = None, engine: str = "local", store: str | None = None) -> None:
+def _run_all(opened: Any, **where: Any) -> None:
     from archipel import pipeline
 
-    page = pipeline.run_all(opened, threads=threads, engine=engine, store_url=store)
+    page = pipeline.run_all(opened, **where)
     _print_table(opened)
     say(f"report: {page}")
 
@@ -405,7 +409,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, SystemExit):
             raise
         text, code = message(error)
-        say(text)
+        if text:
+            say(text)
         if os.environ.get("ARCHIPEL_DEBUG") == "1":
             import traceback
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,15 +287,16 @@ def run_all(
     threads: int | None = None,
     engine: str = "local",
     store_url: str | None = None,
+    site: Sequence[str] = (),
 ) -> Path:
     """Do all that is missing, in order, training with ``threads`` threads per job. Returns the report's path.
 
     ``engine`` (local, ray, slurm or sky) decides only where clips are prepared, experts trained and samples made;
-    ``store_url`` is a store that all its machines see (default: a folder of the run).
+    ``store_url`` is a store that all its machines see (default: a folder of the run); ``site`` goes on top of site.toml.
     """
     from archipel.islands.launch.engine import open_engine
 
-    opened = open_engine(engine, run, store=store_url, threads=threads)
+    opened = open_engine(engine, run, store=store_url, threads=threads, site=site)
     with contextlib.ExitStack() as stack:
         flag = stack.enter_context(_stopping(stop))
         if opened is not None:

@@ -6,24 +6,31 @@ very command that any island runs, ``archipel join STORE --only NAME --jobs 1``,
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
 from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
+from archipel.islands.launch.local import steps_of
 from archipel.progress import StopFlag
 from archipel.run import Run
 from archipel.spread import Spread
 
 LOCAL = "local"
+_LOOK = 5.0  # seconds between looks at the store, and as long as one look may take
 ENGINES = {
     "ray": "archipel.islands.launch.ray:RayEngine",
     "slurm": "archipel.islands.launch.slurm:SlurmEngine",
     "sky": "archipel.islands.launch.sky:SkyEngine",
 }
+WITH_SITE = ("slurm", "sky")  # those with a section in site.toml, made as Cls(run, store, threads, site)
 
 
 class Engine(Protocol):
@@ -61,11 +68,16 @@ class Engine(Protocol):
     ) -> None: ...
 
 
-def open_engine(name: str, run: Run, *, store: str | None = None, threads: int | None = None) -> Engine | None:
+def open_engine(
+    name: str, run: Run, *, store: str | None = None, threads: int | None = None, site: Sequence[str] = ()
+) -> Engine | None:
     """The engine called ``name``; None for ``local``, which is what the stages do by themselves.
 
-    Raises ArchipelError for a name that is not known, and for a store where nothing would use it.
+    ``site`` are ``section.key=value`` pairs on top of the run's ``site.toml``. Raises ArchipelError for a name that is not
+    known, and for a store or pairs where nothing would use them.
     """
+    if site and name not in WITH_SITE:
+        raise ArchipelError(f"--site is for the engines {' and '.join(WITH_SITE)}: the engine {name} has no use for it")
     if name == LOCAL:
         if store is not None:
             raise ArchipelError(f"--store is for the engines {', '.join(ENGINES)}: the engine local needs none")
@@ -73,7 +85,8 @@ def open_engine(name: str, run: Run, *, store: str | None = None, threads: int |
     if name not in ENGINES:
         raise ArchipelError(f"--engine {name!r} is not known: there are {', '.join((LOCAL, *ENGINES))}")
     module, _, cls = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), cls)(run, store or default_store(run), threads)
+    more = (site,) if name in WITH_SITE else ()
+    engine: Engine = getattr(importlib.import_module(module), cls)(run, store or default_store(run), threads, *more)
     return engine
 
 
@@ -123,7 +136,13 @@ def judge(what: str, code: int, said: str) -> None:
         raise Stopped(f"{what} was stopped; everything is kept, start it again to continue")
     if code != 0:
         kind = ArchipelError if code == EXIT_WRONG_INPUT else JobError
-        raise kind(f"{what} ended with exit code {code}: {last_words(said)}")
+        raise kind(f"{what} {_ending(code)}: {last_words(said)}")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return "was ended by " + next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
 
 
 def _call(what: str, *arguments: object) -> None:
@@ -142,3 +161,36 @@ def publish(run: Run, store: str) -> None:
 def collect(run: Run, store: str) -> None:
     """Bring the results of the store into the run's folder, where the stages after training look for them."""
     _call("bringing the results back", "pull", store, run.root)
+
+
+class Steps:
+    """How far jobs are, by their heartbeats in the store, looked at now and then; for people, nothing is decided by it."""
+
+    def __init__(self, run: Run, store: str, names: list[str]) -> None:
+        from archipel.islands.objects import Objects
+
+        self._objects = Objects.open(store, patience=_LOOK)
+        self._looked = -_LOOK
+        self._steps = {name: (0, steps_of(run, name)) for name in names}
+        self.total = sum(steps for _, steps in self._steps.values())
+
+    def done(self) -> int:
+        """Steps made so far, of ``total``."""
+        if time.monotonic() - self._looked >= _LOOK:
+            for name, (step, steps) in self._steps.items():
+                if step < steps:
+                    self._steps[name] = (self._step(name, step, steps), steps)
+            self._looked = time.monotonic()
+        return sum(step for step, _ in self._steps.values())
+
+    def note(self) -> str:
+        return ", ".join(f"{name} {step}/{steps}" for name, (step, steps) in self._steps.items() if 0 < step < steps)
+
+    def _step(self, name: str, step: int, steps: int) -> int:
+        from archipel.islands.claims import read_state
+
+        with contextlib.suppress(ArchipelError):  # a store that is away for a while is the islands' matter
+            state = read_state(self._objects, name)
+            told = state.heartbeat.get("step")
+            return steps if state.done else min(steps, told) if isinstance(told, int) else step
+        return step
