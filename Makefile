@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup setup-sky demo test test-system check bench docs clean
+.PHONY: help setup setup-sky setup-ray demo test test-system test-ray check bench docs clean
 
 help:
 	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"
 	@echo "make test         the tests (no root, no network beyond the installation)"
 	@echo "make check        ruff, types, import directions"
 	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
+	@echo "make test-ray     the tests with a Ray cluster on this machine"
 	@echo "make bench        the head-to-heads"
 	@echo "make docs         the generated pages of docs/"
 
@@ -31,15 +32,28 @@ setup: $(STAMP)
 
 setup-sky: .venv-sky/.installed
 
+# Ray has an environment of its own. It sees what lies in .venv through a .pth file (torch alone is a gigabyte), so that only
+# what Ray brings along is installed, in half a minute; site.addsitedir also reads the .pth files there, Archipel's own.
+.venv-ray/.installed: $(STAMP) constraints-ray.txt
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "beside.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --constraint constraints-ray.txt 'ray[data]'
+	@touch $@
+
+setup-ray: .venv-ray/.installed
+
 demo: setup
 	$(BIN)/archipel demo demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not system"
+	$(BIN)/python -m pytest -q -m "not system and not ray"
 
 test-system: setup
 	./.ci/system-packages
 	$(BIN)/python -m pytest -q -m system
+
+test-ray: setup-ray
+	.venv-ray/bin/python -m pytest -q -m ray tests/ray
 
 check: setup
 	$(BIN)/ruff check src tests bench
@@ -54,4 +68,4 @@ docs: setup
 	$(BIN)/python -m archipel.docs
 
 clean:
-	rm -rf $(VENV) .venv-sky build dist
+	rm -rf $(VENV) .venv-sky .venv-ray build dist
