@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from archipel import __version__
-from archipel.edge import flush, message, parse_duration, stop_with_parent
+from archipel import __version__, cli_islands
+from archipel.edge import flush, message, parse_duration, say, stop_with_parent
 from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
 app = typer.Typer(
@@ -34,10 +34,6 @@ Sets = Annotated[
 
 # typer brought its own copy of click at some version; the base of its usage errors is found by name in either case.
 _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -203,18 +199,22 @@ def demo(
 
 @app.command()
 def status(
-    run: RunPath,
+    run: Annotated[str, typer.Argument(help="The run's folder, or the URL it was published to.", show_default=False)],
     json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="A bucket: again every two seconds, until Ctrl-C.")] = False,
+    run_id: cli_islands.RunId = None,
 ) -> None:
-    """What is done and what is missing."""
+    """What is done and what is missing; for a bucket: who holds what."""
     from archipel import pipeline
 
+    if cli_islands.is_bucket(run):
+        return cli_islands.print_status(run, run_id, json_, watch)
     found = pipeline.status(pipeline.open_run(run))
     if json_:
         import json
 
         print(json.dumps(found, indent=2))
-        return
+        return None
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -230,6 +230,7 @@ def status(
     console = Console()
     console.print(table)
     console.print(jobs)
+    return None
 
 
 @app.command()
@@ -381,6 +382,9 @@ def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not as
         return
     checks.clean_cache()
     print(f"removed {size:.1f} MB")
+
+
+cli_islands.register(app)
 
 
 # --- entry -----------------------------------------------------------------------------------------------------------

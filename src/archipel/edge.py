@@ -8,6 +8,11 @@ import sys
 from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
 
 
+def say(text: str) -> None:
+    """For people: on standard error, so that standard output stays for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def parse_duration(text: str) -> float:
     """``90s``, ``30m``, ``2h`` or plain seconds -> seconds, above 0. Raises ArchipelError."""
     unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
@@ -57,10 +62,11 @@ def _os_error(error: OSError) -> str | None:
 
 
 def message(error: BaseException) -> tuple[str, int]:
+    """What to tell people ("" where another process tells it) and the exit code."""
     if isinstance(error, ArchipelError):
-        return f"error: {error}", error.exit_code
+        return "" if error.told else f"error: {error}", error.exit_code
     if isinstance(error, Stopped):
-        return str(error), EXIT_INTERRUPTED if error.interrupted else 0
+        return "" if error.told else str(error), EXIT_INTERRUPTED if error.interrupted else 0
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was finished is kept, start it again to continue", EXIT_INTERRUPTED
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("archipel"):

@@ -130,6 +130,7 @@ def parse(data: bytes, where: str) -> tuple[RunConfig, str]:
         raise ConfigError(f"{where}: format is missing; it is {FORMAT} for this Archipel")
     if version > FORMAT:
         raise ArchipelError(
-            f"{where} has format {version}, this Archipel reads format {FORMAT}: install a newer Archipel (one that writes format {version})"
+            f"{where} has format {version}, this Archipel reads format {FORMAT}: "
+            f"install a newer Archipel (one that writes format {version})"
         )
     return build(values, where), store.sha256_bytes(data)

@@ -17,8 +17,8 @@ from archipel import config as configuration
 from archipel.config import RunConfig
 from archipel.errors import ArchipelError, DamagedError
 from archipel.islands import keys
-from archipel.islands.claims import State, decode, read_state
-from archipel.islands.objects import PATIENCE, Objects, StoreError
+from archipel.islands.claims import State, read_state
+from archipel.islands.objects import PATIENCE, Objects, StoreError, decode
 from archipel.run import MONOLITH, ROUTER
 
 _MAX_RUN = 1 << 20  # bytes of run.toml

@@ -9,7 +9,6 @@ it. No two clocks are ever compared. Neither torch nor diffusers is imported her
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 from archipel import FORMAT
 from archipel.errors import ArchipelError
 from archipel.islands import keys
-from archipel.islands.objects import Objects
+from archipel.islands.objects import Objects, decode, encode
 
 logger = logging.getLogger("archipel")
 WORKING, RELEASED, DONE = "working", "released", "done"
@@ -37,18 +36,6 @@ def clock() -> float:
     with contextlib.suppress(AttributeError, OSError):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()
-
-
-def encode(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def decode(data: bytes | None) -> dict[str, Any]:
-    """A JSON object, or {} for anything else: what strangers write is never trusted to parse."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data or b"")
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,8 @@ class Holder:
         """Stop beating. The job is given back at once where it was not committed and is still ours."""
         self._stop.set()
         self._thread.join()
-        if self.lost is None and self._counter >= 0:
+        if self.lost is None:
+            self._objects.give_up = lambda: False  # not cut short by the stop that brings us here
             with contextlib.suppress(Exception):  # others will find out by the lease
                 self._beat(DONE if kind is None else RELEASED)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,10 @@ class StoreError(ArchipelError):
     """The store stayed away for longer than we wait, or said a final no."""
 
     exit_code = EXIT_WRONG_INPUT
+
+
+class AwayError(StoreError):
+    """The store did not answer for as long as we were told to wait: another try may do."""
 
 
 class IgnoresConditionsError(StoreError):
@@ -144,6 +149,10 @@ class Objects:
         check_key(key)
         self.reads.add(key)
         return self._again(f"get {key}", key, lambda: self._get(key, limit))
+
+    def get_json(self, key: str, limit: int = SMALL) -> dict[str, Any]:
+        """A JSON object; {} where there is none, or something else. Raises DamagedError for more than ``limit`` bytes."""
+        return decode(self.get(key, limit))
 
     def fetch(
         self, key: str, path: Path, *, sha256: str, size: int, on_bytes: Callable[[int], None] = lambda _: None
@@ -329,6 +338,19 @@ class Objects:
                 raise DamagedError(f"{path} is a link: a store holds files only; remove it")
 
 
+def encode(value: Mapping[str, Any]) -> bytes:
+    """JSON in one form only, so that equal values are equal bytes."""
+    return (json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def decode(data: bytes | None) -> dict[str, Any]:
+    """A JSON object, or {} for anything else: what strangers write is never trusted to parse."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data or b"")
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 class _Waits:
     """Growing pauses with jitter until the store's patience is used up."""
 
@@ -341,7 +363,7 @@ class _Waits:
         o = self.objects
         gone = time.monotonic() - self.began
         if gone >= o.patience:
-            raise StoreError(
+            raise AwayError(
                 f"{o.url} cannot be reached ({self.what}: {_words(error)}), tried for {gone:.0f} s: start again later, "
                 "everything is kept"
             ) from error

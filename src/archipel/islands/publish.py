@@ -10,8 +10,7 @@ from typing import Any
 from archipel import FORMAT, store
 from archipel.errors import ArchipelError, DamagedError
 from archipel.islands import keys
-from archipel.islands.claims import encode
-from archipel.islands.objects import Objects
+from archipel.islands.objects import Objects, encode
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, Run
 

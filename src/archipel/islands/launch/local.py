@@ -14,8 +14,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from archipel import store
+from archipel.config import RunConfig
 from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
@@ -56,7 +58,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def steps_of(run: Run, name: str) -> int:
+class HasConfig(Protocol):
+    """A run, in a folder or in a bucket."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+
+def steps_of(run: HasConfig, name: str) -> int:
     config = run.config
     return {MONOLITH: config.monolith.steps, ROUTER: config.router.steps}.get(name, config.expert.steps)
 

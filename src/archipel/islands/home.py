@@ -1,0 +1,154 @@
+"""An island's own folder: a run with the shards and checkpoints that its jobs need, brought from the bucket and verified."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from archipel import store
+from archipel.errors import ArchipelError, DamagedError, LockedError
+from archipel.islands import keys
+from archipel.islands.bucket import Bucket, File, checkpoints
+from archipel.islands.claims import Claim, State
+from archipel.progress import Progress, StopFlag
+from archipel.run import Run
+
+logger = logging.getLogger("archipel")
+_MARK = "attempt.json"  # in a job's local folder: which opening of the job it belongs to
+_MANIFEST, _STATE = "manifest.json", "state.safetensors"
+_SHARD_FILES = {keys.CARD, "train.safetensors", "validation.safetensors"}
+
+
+@contextlib.contextmanager
+def own(bucket: Bucket, work: Path | None, name: str) -> Iterator[tuple[Path, str]]:
+    """The island's folder, held by a lock, and its name. Without --work the first free one in the cache folder."""
+    if work is not None:
+        with store.lock(work / ".locks" / "island.lock", f"the island's folder {work}"):
+            yield work, _island_name(work, name)
+        return
+    from archipel.data.fetch import cache_folder
+
+    places = cache_folder() / "islands" / bucket.id[:16]
+    for number in range(1000):
+        place = places / str(number)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(store.lock(place / ".locks" / "island.lock", f"the island's folder {place}"))
+            except LockedError:
+                continue
+            yield place, _island_name(place, name)
+            return
+    raise ArchipelError(f"{places} holds a thousand busy islands: give a folder with --work")
+
+
+def _island_name(place: Path, wanted: str) -> str:
+    """``--name``, or a name that says nothing of machine or user, the same each time for one folder."""
+    if wanted:
+        if not wanted.isascii() or not wanted.replace("-", "").replace("_", "").isalnum() or len(wanted) > 64:
+            raise ArchipelError(f"--name {wanted!r}: at most 64 letters, digits, '-' and '_'")
+        return wanted
+    path = place / "island.txt"
+    if not path.exists():
+        store.write_text(path, f"island-{os.urandom(3).hex()}\n")
+    return path.read_text(encoding="utf-8").strip()[:64] or "island"
+
+
+def materialise(bucket: Bucket, folder: Path) -> Run:
+    """The island's folder as a run: the bucket's run.toml, byte for byte."""
+    path = folder / "run.toml"
+    if not path.exists() or path.read_bytes() != bucket.run_toml:
+        if path.exists():
+            raise ArchipelError(f"{folder} is the folder of an island of another run: give another with --work")
+        store.write_bytes(path, bucket.run_toml)
+    return Run.open(folder)
+
+
+def own_folder(run: Run, held: Claim) -> None:
+    """The job's local folder: kept from an earlier attempt here, unless the owner has reopened the job since."""
+    folder = run.expert(held.name)
+    mark = {"opening": held.opening}
+    with contextlib.suppress(ArchipelError):
+        if (folder / _MARK).exists() and store.read_json(folder / _MARK) == mark:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    store.write_json(folder / _MARK, mark)
+
+
+def fetch_shard(bucket: Bucket, run: Run, name: str, stop: StopFlag) -> None:
+    """Bring what is not here, or not as published; the card last, since a shard with a card is whole."""
+    folder = run.shard(name)
+    wanted = {key.rpartition("/")[2]: (key, file) for key, file in bucket.shard(name).items()}
+    if set(wanted) != _SHARD_FILES:
+        raise DamagedError(f"{keys.PUBLISHED} in {bucket.url}: a shard of {', '.join(sorted(wanted))} is none")
+    missing = [file for file in sorted(_SHARD_FILES) if not _is(folder / file, wanted[file][1])]
+    if not missing:
+        return
+    (folder / keys.CARD).unlink(missing_ok=True)
+    order = [*(file for file in missing if file != keys.CARD), keys.CARD]
+    with Progress(f"fetch shard {folder.name} (kB)", sum(wanted[file][1].size for file in order) // 1000) as bar:
+        moved = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal moved
+            moved += count
+            bar.update(moved // 1000)
+
+        for file in order:
+            if stop:
+                raise stop.error(f"fetching the shard of job {name}")
+            bucket.fetch(wanted[file][0], folder / file, on_bytes)
+
+
+def _is(path: Path, file: File) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and store.sha256_file(path) == file.sha256
+
+
+def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[int, int]]) -> tuple[int, int] | None:
+    """Bring the furthest good checkpoint of all attempts, unless one as far is here already. Damaged ones are named
+    and passed over. Returns its (step, fence), or None where there is none to bring."""
+    folder = run.expert(state.name) / "checkpoints"
+    here = max((int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / _MANIFEST).exists()), default=0)
+    for step, fence in checkpoints(state):
+        if step <= here:
+            return None
+        if (step, fence) in refused:
+            continue
+        key = keys.checkpoint(state.name, fence, step)
+        try:
+            _bring(bucket, key, folder / f"{step:08d}", step)
+        except DamagedError as error:
+            logger.warning("job %s: checkpoint %d of attempt %d is passed over: %s", state.name, step, fence, error)
+            _say(f"job {state.name}: checkpoint {step} of attempt {fence} is passed over: {error}")
+            shutil.rmtree(folder / f"{step:08d}", ignore_errors=True)
+            continue
+        return step, fence
+    return None
+
+
+def _bring(bucket: Bucket, key: str, folder: Path, step: int) -> None:
+    """One checkpoint: its manifest is read and checked first, and written last."""
+    objects = bucket.objects
+    manifest = objects.get_json(f"{key}/{_MANIFEST}")
+    if manifest.get("run") != bucket.id or manifest.get("step") != step:
+        raise DamagedError(f"{key}/{_MANIFEST} is not the manifest of step {step} of this run")
+    listed = manifest.get("files")
+    entry = listed.get(_STATE) if isinstance(listed, dict) else None
+    size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(size, int) or not isinstance(sha256, str) or size <= 0:
+        raise DamagedError(f"{key}/{_MANIFEST} does not say what {_STATE} is")
+    free = shutil.disk_usage(folder.parent.parent).free
+    if size > free:
+        raise ArchipelError(
+            f"{key}/{_STATE} has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free in {folder.parent}"
+        )
+    objects.fetch(f"{key}/{_STATE}", folder / _STATE, sha256=sha256, size=size)
+    store.write_json(folder / _MANIFEST, manifest)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
