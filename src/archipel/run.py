@@ -119,9 +119,9 @@ class Run:
         return card is not None and card.get("run") == self.id
 
     def expect(self, run_id: str) -> None:
-        """Raise ArchipelError where this is not the run whose id (its first 12 or more digits) was given."""
-        if len(run_id) < 12 or not self.id.startswith(run_id.lower()):
-            raise ArchipelError(f"{self.root} holds run {self.id}, not {run_id}: give another folder or another id")
+        """Raise ArchipelError where this is not the run whose id (or its first 8 characters or more) was given."""
+        if len(run_id) < 8 or not self.id.startswith(run_id.lower()):
+            raise ArchipelError(f"{self.root} holds run {self.id[:12]}, not {run_id[:64]!r}: is it the right folder?")
 
     def need(self, folder: Path, stage: str) -> None:
         """Raise MissingStageError naming the stage to run where ``folder`` is not committed."""

@@ -25,13 +25,18 @@ from archipel.run import ROUTER, Run
 
 OPENER = "archipel.islands.remote:open_source"
 """``open_source(url, run_id) -> Source`` for runs that are no folders, as ``module:function``."""
+PUBLISHED = "published.json"  # a folder that holds it is a bucket on this disk, not a run's folder
 
 
 class Source(Protocol):
-    """Where the trained parts of one run lie. ``where`` is how a person calls it: a folder or a URL."""
+    """Where the trained parts of one run lie. ``where`` is how a person calls it: a folder or a URL.
+
+    ``uncalibrated``: whether a router without a calibration is used as it is (where it cannot be calibrated).
+    """
 
     run: Run
     where: str
+    uncalibrated: bool
 
     def look(self, *, fresh: bool = True) -> dict[str, str]:
         """Jobs whose part can be used now -> its version, another string for other bytes. Cheap.
@@ -55,6 +60,8 @@ class Source(Protocol):
 
 class RunFolder:
     """A run's own folder: what was trained (or pulled) there."""
+
+    uncalibrated = False
 
     def __init__(self, run: Run) -> None:
         self.run, self.where = run, str(run.root)
@@ -91,7 +98,7 @@ class RunFolder:
 
 def open_source(where: Path | str, run_id: str | None = None) -> Source:
     """The source at a folder or a URL. Raises ArchipelError where there is no run, or one of another id."""
-    if "://" in str(where):
+    if "://" in str(where) or (Path(where) / PUBLISHED).is_file():
         return cast(Source, pkgutil.resolve_name(OPENER)(str(where), run_id))
     run = Run.open(where)
     if run_id is not None:
@@ -134,7 +141,7 @@ class Parts:
         """The calibrated router."""
 
         def load(folder: Path) -> Posterior:
-            return load_router(self.run, folder).to(self.device)
+            return load_router(self.run, folder, uncalibrated=self.source.uncalibrated).to(self.device)
 
         return cast(Posterior, self._load(ROUTER, load))
 
@@ -183,11 +190,9 @@ class Parts:
         if any(name not in self.available() for name in names):
             self.refresh()
         missing = [name for name in names if name not in self.available()]
-        if missing == [ROUTER] and self.run.done(self.run.expert(ROUTER)):
-            raise MissingStageError(f"the router of {self.source.where} is not calibrated: {self.source.how(missing)}")
         if missing:
             raise MissingStageError(
-                f"not there yet in {self.source.where}: {', '.join(missing)}: {self.source.how(missing)} first"
+                f"not there yet in {self.source.where}: {', '.join(missing)}: {self.source.how(missing)}"
             )
 
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -157,6 +157,10 @@ class Archipelago:
         router: Posterior | None = None
         if kind in _ROUTED and ROUTER in there:
             router = self.parts.router
+            if not getattr(router, "fitted", True):
+                warnings.append(
+                    "the router came without a calibration: its answers are used as they are (temperature 1)"
+                )
         elif kind in _ROUTED:
             warnings.append(self._without_router(present, settings.strategy))
             kind, number = "expert", present[0]

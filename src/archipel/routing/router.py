@@ -26,11 +26,12 @@ class CalibratedRouter:
 
     ``router.logits(x, t, cond)`` are the network's own, before calibration; ``router.log_posterior`` is log p in
     float64. A row counts as without caption where no text token is real (``cond.mask`` all False), as in the null
-    condition. No gradients; x may be on any device that the network is on.
+    condition. No gradients; x may be on any device that the network is on. ``fitted``: whether the temperatures were
+    fitted to this network; else they are 1.
     """
 
-    def __init__(self, network: Logits, calibration: Calibration) -> None:
-        self.network, self.calibration = network, calibration
+    def __init__(self, network: Logits, calibration: Calibration, fitted: bool = True) -> None:
+        self.network, self.calibration, self.fitted = network, calibration, fitted
 
     @property
     def experts(self) -> int:
@@ -115,14 +116,13 @@ def load_router(run: Run, folder: Path | None = None, *, uncalibrated: bool = Fa
     run.need(folder, "route")
     before = model_hash(folder)
     calibration = read_calibration(run, folder)
-    if calibration is None:
-        if not uncalibrated:
-            raise MissingStageError(f"{folder} is not calibrated: run `archipel route {run.root}` first")
-        k = run.config.partition.k
-        calibration = identity(np.full(k, 1 / k))  # at temperature 1 the prior cancels
+    if calibration is None and not uncalibrated:
+        raise MissingStageError(f"{folder} is not calibrated: run `archipel route {run.root}` first")
+    k = run.config.partition.k
+    plain = identity(np.full(k, 1 / k))  # at temperature 1 the prior cancels
     network = load_router_network(folder)
     if model_hash(folder) != before:
         raise DamagedError(f"{folder} was replaced while it was read: try again")
-    if network.experts != run.config.partition.k:
-        raise DamagedError(f"{folder} routes to {network.experts} experts, the run has {run.config.partition.k}")
-    return CalibratedRouter(network, calibration)
+    if network.experts != k:
+        raise DamagedError(f"{folder} routes to {network.experts} experts, the run has {k}")
+    return CalibratedRouter(network, calibration or plain, fitted=calibration is not None)
