@@ -12,6 +12,7 @@ class ArchipelError(Exception):
     """Wrong use or wrong input. The message names the key, file or row and says what to do; the shell exits with 2."""
 
     exit_code = EXIT_WRONG_INPUT
+    told = False  # by another process of the same training: only the exit code is left to pass on
 
 
 class ConfigError(ArchipelError):
@@ -33,8 +34,10 @@ class MissingStageError(ArchipelError):
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Work was asked to stop (Ctrl-C, SIGTERM or --for) and has kept everything; not a failure.
 
-    ``interrupted`` is True for signals (exit 130) and False where the stop was asked for in advance (exit 0).
+    ``told``: as ``ArchipelError``'s. ``interrupted`` is True for signals (exit 130) and False where the stop was asked for in advance (exit 0).
     """
+
+    told = False
 
     def __init__(self, message: str, *, interrupted: bool = True) -> None:
         super().__init__(message)
