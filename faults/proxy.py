@@ -187,7 +187,7 @@ class Proxy:
             self.counts["requests"] += 1
             rules = list(self.rules)
         for place, rule in enumerate(rules):
-            if rule.methods and method not in rule.methods or not re.search(rule.keys, path):
+            if (rule.methods and method not in rule.methods) or not re.search(rule.keys, path):
                 continue
             if rule.first and number >= rule.first:
                 continue

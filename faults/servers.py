@@ -19,7 +19,7 @@ import time
 from email.utils import formatdate
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +50,8 @@ class Server:
     def command(self) -> list[str]:
         raise AssertionError("a server names its command")
 
-    def __enter__(self) -> Server:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
+    def __enter__(self) -> Self:
+        self._log = tempfile.TemporaryFile()
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         self._process = subprocess.Popen(
             self.command(),

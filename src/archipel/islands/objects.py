@@ -15,36 +15,26 @@ import random
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from archipel.errors import EXIT_WRONG_INPUT, ArchipelError, DamagedError, Stopped
+from archipel.errors import ArchipelError, DamagedError, Stopped
+from archipel.islands.answers import ABSENT, AGAIN, DENIED, FINAL, SHORT, TAKEN, kind_of, no_bucket, words
+from archipel.islands.answers import AwayError as AwayError
+from archipel.islands.answers import IgnoresConditionsError as IgnoresConditionsError
+from archipel.islands.answers import StoreError as StoreError
 from archipel.islands.keys import check_key
+from archipel.islands.traffic import Traffic as Traffic
 from archipel.islands.urls import check_url, connect, http_date, local_root
 
 SMALL = 4 << 20  # bytes: bound of what `get` reads into memory unless told otherwise
 PATIENCE = 600.0  # seconds that a store may stay away before work ends
-_CHUNK = 8 << 20  # bytes fetched at a time: what a broken transfer loses at most
+_CHUNK = 8 << 20  # bytes moved by one request: what a broken transfer loses at most
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 T = TypeVar("T")
 Keys = list[str]
-
-
-class StoreError(ArchipelError):
-    """The store stayed away for longer than we wait, or said a final no."""
-
-    exit_code = EXIT_WRONG_INPUT
-
-
-class AwayError(StoreError):
-    """The store did not answer for as long as we were told to wait: another try may do."""
-
-
-class IgnoresConditionsError(StoreError):
-    """The store let a second create of one key succeed: two islands could hold one job."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +46,15 @@ class Entry:
     modified: float
 
 
-@dataclass
-class Traffic:
-    """Requests by kind and payload bytes, retries included; what the ledger and the cost page count."""
-
-    requests: Counter[str] = field(default_factory=Counter)
-    sent: int = 0
-    received: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "requests": dict(sorted(self.requests.items())),
-            "bytes_sent": self.sent,
-            "bytes_received": self.received,
-        }
-
-
 Entries = list[Entry]
 
 
 class Objects:
     """One prefix of one store. Threads may share it; ``give_up`` (asked while waiting) ends a wait with Stopped."""
 
-    def __init__(self, store: Any, url: str, root: Path | None, endpoint: str, patience: float) -> None:
+    def __init__(
+        self, store: Any, url: str, root: Path | None, endpoint: str, patience: float, timeout: float = 60.0
+    ) -> None:
         self.url, self.root, self.patience = url, root, patience
         self.traffic = Traffic()
         self.reads: set[str] = set()
@@ -86,6 +62,8 @@ class Objects:
         self.give_up: Callable[[], bool] = lambda: False
         self._store, self._endpoint = store, endpoint
         self._said_away = False
+        self._folder = _identity(root) if root is not None else None
+        self._timeout = timeout
 
     @classmethod
     def open(cls, url: str | Path, *, patience: float = PATIENCE, timeout: float = 60.0, make: bool = False) -> Objects:
@@ -100,8 +78,8 @@ class Objects:
             try:
                 store, endpoint = connect(url, timeout)
             except Exception as error:
-                raise StoreError(f"{url} cannot be opened: {_words(error)}") from error
-            return cls(store, url, None, endpoint, patience)
+                raise StoreError(f"{url} cannot be opened: {words(error)}") from None
+            return cls(store, url, None, endpoint, patience, timeout)
         from obstore.store import LocalStore
 
         if make:
@@ -141,6 +119,8 @@ class Objects:
     def put(self, key: str, data: bytes | Path) -> None:
         """Write or replace an object: bytes, or a file, streamed. Raises StoreError, FileNotFoundError."""
         check_key(key)
+        if isinstance(data, Path):
+            data.stat()
         self.writes.add(key)
         self._again(f"put {key}", key, lambda: self._put(key, data, create=False))
 
@@ -189,38 +169,33 @@ class Objects:
                 )
 
     def list(self, prefix: str) -> Entries:
-        """All objects below a prefix ("jobs/2"), sorted by key. Raises StoreError."""
+        """All objects below a prefix ("jobs/2") that can be a run's, sorted by key. Raises StoreError."""
         check_key(prefix)
         return self._again(f"list {prefix}", prefix, lambda: self._list(prefix))
 
     def remove(self, keys: Keys) -> None:
         """Delete objects: only ``archipel gc`` does so."""
-        import obstore
-
         for key in keys:
             check_key(key)
-            self.traffic.requests["delete"] += 1
-            with contextlib.suppress(FileNotFoundError):
-                self._again(f"delete {key}", key, functools.partial(obstore.delete, self._store, key))
+            self._again(f"delete {key}", key, functools.partial(self._remove, key))
 
     def probe(self) -> None:
         """Refuse a store that ignores conditions: of two creates of one key the second must fail.
 
         Raises IgnoresConditionsError, StoreError.
         """
-        key = "probe"
-        self.writes.add(key)
-        nonce = os.urandom(8).hex().encode()
+        key, nonce = "probe", os.urandom(8).hex().encode()
         self.create(key, b"first " + nonce)
         waits = _Waits(self, "probe")
         while True:
             try:
                 self._put(key, b"second " + nonce, create=True)
             except Exception as error:
-                if _kind(error) == "taken":
+                if kind_of(error) != TAKEN:
+                    waits.next(self._sort(error, key))
+                    continue
+                if self.get(key) != b"second " + nonce:
                     return
-                waits.next(self._sort(error, key))
-                continue
             raise IgnoresConditionsError(
                 f"{self.url} ignores create-if-absent: a second create of one key succeeded, so two islands could hold one "
                 "job. Use a store with conditional writes (S3 since 2024, GCS, Azure, a local disk)"
@@ -244,56 +219,79 @@ class Objects:
     def _put(self, key: str, data: bytes | Path, create: bool) -> None:
         import obstore
 
-        self._no_link(key)
-        self.traffic.requests["create" if create else "put"] += 1
-        self.traffic.sent += len(data) if isinstance(data, bytes) else data.stat().st_size
+        self._look(key)
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
         if create:
+            self.traffic.count("create", sent=size)
             obstore.put(self._store, key, data, mode="create", use_multipart=False)
+        elif size <= _CHUNK or self.root is not None:
+            self.traffic.count("put", sent=size)
+            obstore.put(self._store, key, data, use_multipart=False)
         else:
-            obstore.put(self._store, key, data, max_concurrency=2)
+            self.traffic.count("put", 2 + -(-size // _CHUNK), sent=size)
+            try:
+                obstore.put(self._streams(), key, data, chunk_size=_CHUNK, max_concurrency=2)
+            except FileNotFoundError as error:
+                if no_bucket(error):
+                    raise
+                raise _TornUploadError(words(error)) from None  # its end was taken before, and the answer lost
         if self.root is not None:
             _sync(self.root, key)
 
     def _get(self, key: str, limit: int) -> bytes | None:
         import obstore
 
-        self._no_link(key)
-        self.traffic.requests["get"] += 1
+        self._look(key)
+        self.traffic.count("get")
         try:
             found = obstore.get(self._store, key)
             if found.meta["size"] > limit:
                 raise DamagedError(f"{key} in {self.url} has {found.meta['size']} bytes, at most {limit} are read")
             data = bytes(found.bytes())
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if no_bucket(error):
+                raise
             return None
-        self.traffic.received += len(data)
+        self.traffic.count("get", 0, received=len(data))
         return data
 
     def _range(self, key: str, begin: int, end: int) -> bytes:
         import obstore
 
-        self._no_link(key)
-        self.traffic.requests["get"] += 1
+        self._look(key)
+        self.traffic.count("get")
         try:
             data = bytes(obstore.get_range(self._store, key, start=begin, end=end))
-        except FileNotFoundError as error:
-            raise DamagedError(f"{key} in {self.url} is missing") from error
+        except FileNotFoundError:
+            raise DamagedError(f"{key} in {self.url} is missing") from None
         except Exception as error:
-            if "range" in str(error).lower() and _kind(error) == "again":
-                raise DamagedError(f"{key} in {self.url} is shorter than it should be") from error
+            if kind_of(error) == SHORT:
+                raise DamagedError(f"{key} in {self.url} is shorter than it should be") from None
             raise
-        self.traffic.received += len(data)
+        self.traffic.count("get", 0, received=len(data))
         return data
+
+    def _remove(self, key: str) -> None:
+        import obstore
+
+        self._look(key)
+        self.traffic.count("delete")
+        try:
+            obstore.delete(self._store, key)
+        except FileNotFoundError as error:
+            if no_bucket(error):
+                raise
 
     def _list(self, prefix: str) -> Entries:
         import obstore
 
-        self._no_link(prefix)
-        self.traffic.requests["list"] += 1
+        self._look(prefix)
+        self.traffic.count("list")
         entries = []
         for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
             for meta in chunk:
-                entries.append(Entry(meta["path"], meta["size"], meta["last_modified"].timestamp()))
+                with contextlib.suppress(ArchipelError):  # nothing of ours has such a name
+                    entries.append(Entry(check_key(meta["path"]), meta["size"], meta["last_modified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
 
     # --- waiting and refusing -------------------------------------------------------------------------------------
@@ -313,29 +311,52 @@ class Objects:
         """An error worth another try is returned; a final one is raised as what a person can act on."""
         if isinstance(error, ArchipelError | Stopped):
             raise error
-        kind = _kind(error)
-        if self.root is not None and kind == "again" and (number := _OS_ERROR.search(str(error))):
+        kind = kind_of(error)
+        if self.root is not None and kind == AGAIN and (number := _OS_ERROR.search(str(error))):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.root / key)) from error
-        if kind == "denied":
+        # Not chained: the original can quote a signed URL, and a traceback would print it.
+        if kind == DENIED:
             raise StoreError(
-                f"{self.url} refuses {key}: {_words(error)}. Check the credentials in the environment and the policy "
+                f"{self.url} refuses {key}: {words(error)}. Check the credentials in the environment and the policy "
                 "(`archipel policy` prints what an island needs)"
-            ) from error
-        if kind == "absent":
-            raise StoreError(f"{self.url}: there is no such bucket or folder ({_words(error)})") from error
-        if kind == "final" or (isinstance(error, OSError) and self.root is not None):
-            raise StoreError(f"{self.url}: {key} cannot be used: {_words(error)}") from error
+            ) from None
+        if kind == ABSENT or no_bucket(error):
+            raise StoreError(f"{self.url}: there is no such bucket or folder ({words(error)})") from None
+        if kind == FINAL or (isinstance(error, OSError) and self.root is not None):
+            raise StoreError(f"{self.url}: {key} cannot be used: {words(error)}") from None
         return error
 
-    def _no_link(self, key: str) -> None:
-        """Local disk: no part of a key may be a link, which could lead out of the store."""
+    def _streams(self) -> Any:
+        """The store for uploads in parts: one part that fails is sent again, not the whole file."""
+        return connect(self.url, self._timeout, retries=8)[0]
+
+    def _look(self, key: str) -> None:
+        """Local disk: the folder must be the one that was opened, and no part of a key a link, which could lead out."""
         if self.root is None:
             return
+        if self._folder != _identity(self.root):  # unmounted: an empty folder would look like a run nobody has begun
+            raise _FolderGoneError(f"the folder {self.root} is not there any more, or is another one")
         path = self.root
         for part in key.split("/"):
             path = path / part
             if path.is_symlink():
                 raise DamagedError(f"{path} is a link: a store holds files only; remove it")
+
+
+class _TornUploadError(Exception):
+    """An upload in parts that the store does not know any more: begin it again."""
+
+
+class _FolderGoneError(Exception):
+    """The store's folder is away: it may come back."""
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
@@ -364,40 +385,19 @@ class _Waits:
         gone = time.monotonic() - self.began
         if gone >= o.patience:
             raise AwayError(
-                f"{o.url} cannot be reached ({self.what}: {_words(error)}), tried for {gone:.0f} s: start again later, "
+                f"{o.url} cannot be reached ({self.what}: {words(error)}), tried for {gone:.0f} s: start again later, "
                 "everything is kept"
-            ) from error
+            ) from None
         if self.count == 4 and not o._said_away:
             o._said_away = True
-            print(f"the store does not answer ({_words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr)
+            print(f"the store does not answer ({words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr)
         pause = min(10.0, 0.1 * 2**self.count, max(0.05, o.patience - gone)) * random.uniform(0.5, 1.0)
         self.count += 1
         until = time.monotonic() + pause
         while (left := until - time.monotonic()) > 0:
             if o.give_up():
-                raise Stopped(f"stopped while waiting for the store ({self.what}); everything is kept") from error
+                raise Stopped(f"stopped while waiting for the store ({self.what}); everything is kept") from None
             time.sleep(min(left, 0.25))
-
-
-def _kind(error: Exception) -> str:
-    """ "taken", "absent", "denied", "final" or "again" for an error of obstore."""
-    from obstore import exceptions as e
-
-    if isinstance(error, e.AlreadyExistsError | e.PreconditionError):
-        return "taken"
-    if isinstance(error, e.NotFoundError | FileNotFoundError):
-        return "absent"
-    if isinstance(error, e.PermissionDeniedError | e.UnauthenticatedError):
-        return "denied"
-    if isinstance(error, e.NotSupportedError | e.InvalidPathError | e.UnknownConfigurationKeyError):
-        return "final"
-    return "again"
-
-
-def _words(error: Exception) -> str:
-    """The first line of an error without what follows a question mark in URLs, which may be a signature."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"\?\S+", "", text[0])[:240]
 
 
 def _sha256(path: Path) -> str:

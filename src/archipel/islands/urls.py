@@ -54,7 +54,7 @@ def _first(*names: str) -> str:
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
-def connect(url: str, timeout: float) -> tuple[Any, str]:
+def connect(url: str, timeout: float, retries: int = 0) -> tuple[Any, str]:
     """An obstore store for a remote URL, and the endpoint whose clock is the store's ("" where it is not known)."""
     from obstore import store
 
@@ -68,8 +68,8 @@ def connect(url: str, timeout: float) -> tuple[Any, str]:
     endpoint = _first(*wanted)
     client: Any = {"timeout": f"{int(timeout * 1000)}ms", "connect_timeout": "5s", "user_agent": "archipel"}
     client["allow_http"] = endpoint.startswith("http://")
-    # Our own retries decide: they know which answers are final, stop when asked, and count.
-    retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=timeout)}
+    # Our own retries decide by default: they know which answers are final, stop when asked, and count.
+    retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=timeout)}
     more: Any = {}
     if scheme == "s3":
         region = _first("AWS_REGION", "AWS_DEFAULT_REGION") or "us-east-1"
