@@ -8,15 +8,47 @@ from typing import Annotated, Any
 import typer
 
 from archipel.edge import parse_duration, say, stop_with_parent
+from archipel.errors import ArchipelError
 
 Url = Annotated[
     str, typer.Argument(help="Folder, file://, s3://bucket/prefix, gs:// or az://container/prefix.", show_default=False)
+]
+
+# What to do instead, where a stage that works in a folder was given a bucket.
+_INSTEAD = {
+    "init": "make the run in a folder, prepare and partition it there, then `archipel publish RUN {url}`",
+    "prepare": "prepare in the folder of the run's owner, then `archipel publish RUN {url}`",
+    "partition": "partition in the folder of the run's owner, then `archipel publish RUN {url}`",
+    "train": "for a bucket use `archipel join {url} --only 2`",
+    "run": "islands train with `archipel join {url}`; its owner goes on with `archipel pull {url} RUN` and `archipel run RUN`",
+    "route": "train the router with `archipel join {url} --only router`, or bring the run here: `archipel pull {url} RUN`",
+    "publish": "the run comes first, then the bucket: `archipel publish RUN {url}`",
+    "pull": "the bucket comes first, then the folder: `archipel pull {url} RUN`",
+}
+
+
+def run_folder(ctx: typer.Context, value: str) -> Path:
+    """A run's folder as it was given. Raises ArchipelError for a bucket, naming the verb that is meant for one.
+
+    The text comes before it is a path: ``Path("s3://bucket")`` is ``s3:/bucket``.
+    """
+    if ctx.resilient_parsing or not is_bucket(value):
+        return Path(value)
+    instead = _INSTEAD.get(ctx.info_name or "", "bring it here first: `archipel pull {url} RUN`")
+    raise ArchipelError(
+        f"{ctx.info_name} works in a run's folder, and {value} is a bucket: {instead.format(url=value)}"
+    )
+
+
+RunFolder = Annotated[
+    Path,
+    typer.Argument(help="The run's folder.", show_default=False, parser=str, callback=run_folder, metavar="RUN"),
 ]
 RunId = Annotated[str | None, typer.Option("--run-id", help="The id that `publish` printed: any other run is refused.")]
 
 
 def publish(
-    run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    run: RunFolder,
     url: Url,
 ) -> None:
     """Put what islands need where they can reach it: configuration, codec and shards, never the clips."""
@@ -70,6 +102,30 @@ def join(
         bucket = Bucket.open(url, run_id)
         finished = work_on(bucket, options, stop)
     say(f"finished here: {', '.join(finished) or 'nothing'}")
+
+
+def gc(
+    url: Url,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    grace: Annotated[str, typer.Option(help="Leave what is younger than this by the store's clock.")] = "1h",
+    run_id: RunId = None,
+) -> None:
+    """The owner's housekeeping: remove attempts that do not count and checkpoints that were overtaken."""
+    from archipel.islands import gc as garbage
+    from archipel.islands.bucket import Bucket
+    from archipel.progress import StopFlag
+
+    bucket = Bucket.open(url, run_id, patience=60.0)
+    found = garbage.find(bucket, parse_duration(grace, "--grace"))
+    for entry in found.entries if dry_run else []:
+        print(f"{entry.size:>12} {entry.key}")
+    if found.unknown:
+        say(f"{len(found.unknown)} keys are not Archipel's and are left: {', '.join(found.unknown[:3])}")
+    if not dry_run and found.entries:
+        with StopFlag() as stop:
+            garbage.collect(bucket, found, stop)
+    young = f"; {found.young} more are younger than {grace}" if found.young else ""
+    say(f"{'would remove' if dry_run else 'removed'} {len(found.entries)} objects, {found.size / 1e6:.1f} MB{young}")
 
 
 def is_bucket(text: str) -> bool:
@@ -138,7 +194,97 @@ def _status_table(found: dict[str, Any]) -> Any:
     return table
 
 
+# --- the owner's door ------------------------------------------------------------------------------------------------
+
+TrustFile = Annotated[
+    Path | None,
+    typer.Option("--trust", help="Your trust.toml (default: RUN/trust.toml, $ARCHIPEL_TRUST, or the user's own)."),
+]
+
+
+def admit(
+    url: Annotated[str, typer.Argument(metavar="URL|RUN", help="A published run, or a run's folder.")],
+    name: Annotated[str, typer.Argument(metavar="JOB", help="An expert's number, monolith or router.")],
+    run_id: RunId = None,
+    trust: TrustFile = None,
+    reopen: Annotated[
+        bool, typer.Option("--reopen", help="After a refusal, let islands take the job again (owners only).")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Check what was trained, by ten rules, before any ensemble loads it; a refusal names the rule and exits 2."""
+    import json
+
+    from archipel.errors import EXIT_WRONG_INPUT
+    from archipel.islands.admission import admit as check
+
+    answer = check(url, name, run_id=run_id, trust=trust, reopen=reopen)
+    if json_:
+        print(json.dumps(answer.as_dict()))
+    elif answer.admitted:
+        print(f"job {name} is admitted: {answer.detail}")
+    else:
+        say(f"job {name} is refused ({answer.rule}): {answer.detail}")
+    if not answer.admitted:
+        raise typer.Exit(EXIT_WRONG_INPUT)
+
+
+def keygen(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes; it must not exist.", show_default=False)],
+) -> None:
+    """Make a key pair for signing results: `join --key FILE`. Prints the public key, for the owner's trust.toml."""
+    from archipel.islands.trust import keygen as make
+
+    public = make(file)
+    say(f"the private key is in {file}: keep it to yourself. The owner of the run puts this into trust.toml:")
+    say(f'[[signature.keys]]\nname = "{file.stem}"\nkey = "{public}"')
+    print(public)
+
+
+def policy(
+    url: Annotated[str, typer.Argument(help="s3://bucket/prefix or gs://bucket/prefix.", show_default=False)],
+    island: Annotated[str, typer.Option("--island", help="The job whose island it is: 2, monolith, router.")],
+    json_: Annotated[bool, typer.Option("--json", help="The policy alone, without the comments.")] = False,
+) -> None:
+    """Print the least rights that an island needs: read the run and its own shard, create under its own job."""
+    from archipel.islands.policy import render
+
+    print(render(url, island, bare=json_))
+
+
+def pull(
+    url: Url,
+    run: RunFolder,
+    run_id: RunId = None,
+    admit_: Annotated[
+        bool, typer.Option("--admit", help="Check what is committed by the rules of `archipel admit` first.")
+    ] = False,
+    trust: TrustFile = None,
+) -> None:
+    """Bring what is admitted into the run's folder (or a new one), where route, generate and evaluate go on."""
+    from archipel.islands.admission import admit as check
+    from archipel.islands.pull import pull as bring
+    from archipel.progress import StopFlag
+
+    def door(name: str) -> dict[str, Any]:
+        return check(url, name, run_id=run_id, trust=trust).as_dict()
+
+    with StopFlag() as stop:
+        done = bring(url, run, stop, run_id=run_id, admit=door if admit_ else None)
+    for names, what in ((done.brought, "brought"), (done.kept, "there already"), (done.open, "not done yet")):
+        if names:
+            say(f"{what}: {', '.join(names)}")
+    for note in done.notes:
+        say(note)
+    if done.waiting:
+        say(
+            f"committed but not admitted, and left: {', '.join(done.waiting)} (`archipel admit {done.url} {done.waiting[0]}` "
+            "checks one; pull --admit all)"
+        )
+    print(done.run.root)
+
+
 def register(app: typer.Typer) -> None:
     """Add these verbs to ``archipel``."""
-    for verb in (publish, join):
+    for verb in (publish, join, admit, pull, policy, keygen):
         app.command()(verb)

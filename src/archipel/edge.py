@@ -13,7 +13,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, option: str = "--for") -> float:
     """``90s``, ``30m``, ``2h`` or plain seconds -> seconds, above 0. Raises ArchipelError."""
     unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
     try:
@@ -21,7 +21,7 @@ def parse_duration(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e9:
-        raise ArchipelError(f"--for {text!r} is not a duration above 0 such as 90s, 30m or 2h")
+        raise ArchipelError(f"{option} {text!r} is not a duration above 0 such as 90s, 30m or 2h")
     return seconds
 
 
