@@ -71,7 +71,7 @@ class Zygote:
             [sys.executable, "-m", "faults.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=open(self.work / "zygote.log", "ab"),  # noqa: SIM115 - the child's
+            stderr=open(self.work / "zygote.log", "ab"),
             env=environment(),
         )
         threading.Thread(target=self._listen, daemon=True).start()
@@ -101,7 +101,9 @@ class Zygote:
             else:
                 self._pids.put(int(told.get("pid", 0)))
 
-    def start(self, *arguments: object, more: dict[str, str] | None = None, plain: bool = False, before: Any = ()) -> Process:
+    def start(
+        self, *arguments: object, more: dict[str, str] | None = None, plain: bool = False, before: Any = ()
+    ) -> Process:
         """`archipel ARGUMENTS`, forked from the zygote, or ``plain``: as a command of its own (``before`` it: a wrapper)."""
         with self._lock:
             self._number += 1
@@ -133,7 +135,9 @@ class Zygote:
         code = process.wait(seconds)
         if code is None:
             process.kill()
-            raise RuntimeError(f"archipel {' '.join(map(str, arguments))} did not end in {seconds:.0f} s: {process.said}")
+            raise RuntimeError(
+                f"archipel {' '.join(map(str, arguments))} did not end in {seconds:.0f} s: {process.said}"
+            )
         return code, process.said
 
 
@@ -186,7 +190,9 @@ def check(record: Record, zygote: Zygote, where: Store, wanted: dict[str, str], 
         found = weights(where)
         for name, sha256 in wanted.items():
             if found.get(name) != sha256:
-                record.problem(f"{case}: the weights of job {name} are {str(found.get(name))[:12]}, wanted {sha256[:12]}")
+                record.problem(
+                    f"{case}: the weights of job {name} are {str(found.get(name))[:12]}, wanted {sha256[:12]}"
+                )
     except Exception as error:
         record.problem(f"{case}: {type(error).__name__}: {error}")
     with surroundings(where.environment):
@@ -213,7 +219,10 @@ def refusals(record: Record, text: str) -> None:
     for line in text.splitlines():
         if "Traceback" in line or "internal error" in line:
             record.problem(f"an island said: {text[-1500:]}")
-        if any(word in line for word in ("passed over", "error:", "commits nothing", "stays", "left to others", "failed here")):
+        if any(
+            word in line
+            for word in ("passed over", "error:", "commits nothing", "stays", "left to others", "failed here")
+        ):
             kind = re.sub(r"(/[\w./-]+|\b[0-9a-f]{12,}\b|\d+)", "#", line)
             if len(record.refusals) < 40:
                 record.refusals.setdefault(kind[:160], line[:300])

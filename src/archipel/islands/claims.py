@@ -93,7 +93,8 @@ def read_state(objects: Objects, name: str) -> State:
     above = decode(objects.get(keys.reopened(name, opening))).get("above") if opening else 0
     fence = chain({number for key in entries if (number := keys.fence_of(key)) is not None})
     ours = keys.committed(name, opening)
-    committed = decode(objects.get(ours)) if ours in entries else {}
+    # It is never replaced: an unreadable one is a result that `admit` refuses, and no reason to train the job again.
+    committed = (decode(objects.get(ours)) or {"damaged": ours}) if ours in entries else {}
     holder: dict[str, Any] = {}
     beat: dict[str, Any] = {}
     seen = None

@@ -120,7 +120,7 @@ def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[
             continue
         key = keys.checkpoint(state.name, fence, step)
         try:
-            _bring(bucket, key, folder / f"{step:08d}", step)
+            _bring(bucket, state.name, key, folder / f"{step:08d}", step)
         except DamagedError as error:
             logger.warning("job %s: checkpoint %d of attempt %d is passed over: %s", state.name, step, fence, error)
             _say(f"job {state.name}: checkpoint {step} of attempt {fence} is passed over: {error}")
@@ -130,12 +130,14 @@ def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[
     return None
 
 
-def _bring(bucket: Bucket, key: str, folder: Path, step: int) -> None:
+def _bring(bucket: Bucket, name: str, key: str, folder: Path, step: int) -> None:
     """One checkpoint: its manifest is read and checked first, and written last."""
     objects = bucket.objects
     manifest = objects.get_json(f"{key}/{_MANIFEST}")
-    if manifest.get("run") != bucket.id or manifest.get("step") != step:
-        raise DamagedError(f"{key}/{_MANIFEST} is not the manifest of step {step} of this run")
+    if not store.sealed(manifest):
+        raise DamagedError(f"{key}/{_MANIFEST} is damaged: its content is not what was written")
+    if manifest.get("run") != bucket.id or manifest.get("step") != step or manifest.get("name", name) != name:
+        raise DamagedError(f"{key}/{_MANIFEST} is not the manifest of job {name} at step {step} of this run")
     listed = manifest.get("files")
     entry = listed.get(_STATE) if isinstance(listed, dict) else None
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
