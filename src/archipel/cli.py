@@ -26,7 +26,7 @@ app.add_typer(cache_app)
 
 _BATCH = 16  # clips generated at a time
 
-RunPath = Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)]
+RunPath = cli_islands.RunFolder
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example expert.steps=2000; repeatable.")
 ]
@@ -264,9 +264,14 @@ def _print_table(opened: Any) -> None:
 @app.command()
 def generate(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN] PROMPT", help="The run and the prompt.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN] PROMPT",
+            help="The run (a folder, or the URL of a bucket) and the prompt.",
+            show_default=False,
+        ),
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The run's folder.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="The run's folder, or the URL of a bucket.")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="MP4, WebP or GIF file, or a folder for PNG frames.")
     ] = Path("clip.mp4"),
@@ -279,16 +284,23 @@ def generate(
     arms: Annotated[
         bool, typer.Option("--arms", help="Generate the clips that `evaluate` scores instead of one prompt.")
     ] = False,
+    run_id: cli_islands.RunId = None,
 ) -> None:
     """Generate clips from a prompt: archipel generate RUN "a red ball bounces" -o clip.mp4"""
     from archipel import pipeline
 
     words = list(words or [])
     if arms:
-        pipeline.generate(pipeline.open_run(_only_run(words, run)))
+        where = _only_run(words, run)
+        if cli_islands.is_bucket(where):
+            raise ArchipelError(
+                f"--arms works in a run's folder, and {where} is a bucket: bring it here first: `archipel pull {where} RUN`"
+            )
+        pipeline.generate(pipeline.open_run(where))
         return
-    folder, prompt = _run_and_prompt(words, run)
-    opened = pipeline.open_run(folder)
+    where, prompt = _run_and_prompt(words, run)
+    if not cli_islands.is_bucket(where):
+        pipeline.open_run(where)  # refuses a run.toml that was edited after work began
     from archipel.ensemble.video import check_name, write_clips
     from archipel.progress import Progress
 
@@ -296,9 +308,9 @@ def generate(
     from archipel.ensemble.pipeline import Archipelago
     from archipel.training.machine import pick_device
 
-    archipelago = Archipelago.load(opened.root, device=pick_device(None))
+    archipelago = Archipelago.load(where, device=pick_device(None), run_id=run_id)
     batches = -(-count // _BATCH)
-    with Progress("generate", batches * (steps or opened.config.sample.steps)) as bar:
+    with Progress("generate", batches * (steps or archipelago.config.sample.steps)) as bar:
         clips = archipelago.generate(
             [prompt] * count,
             strategy=strategy,
@@ -308,31 +320,30 @@ def generate(
             batch=_BATCH,
             on_step=lambda *_: bar.advance(),
         )
-    for warning in clips.warnings:
-        say(f"note: {warning}")
     for path in write_clips(output, clips.clips, clips.fps, scale=scale):
         print(path)
 
 
-def _only_run(words: list[str], run: Path | None) -> Path:
+def _only_run(words: list[str], run: str | None) -> str:
     if run is not None and not words:
         return run
     if run is None and len(words) == 1:
-        return Path(words[0])
+        return words[0]
     raise ArchipelError("--arms takes a run and no prompt: archipel generate RUN --arms")
 
 
-def _run_and_prompt(words: list[str], run: Path | None) -> tuple[Path, str]:
+def _run_and_prompt(words: list[str], run: str | None) -> tuple[str, str]:
     if run is not None:
         if len(words) != 1:
             raise ArchipelError('with --run give exactly one prompt: archipel generate --run RUN "a red ball bounces"')
         return run, words[0]
     if len(words) == 2:
-        return Path(words[0]), words[1]
+        return words[0], words[1]
     if len(words) == 1:
-        if Path(words[0]).is_dir():
+        if "://" in words[0] or Path(words[0]).is_dir():
+            kind = "URL" if "://" in words[0] else "folder"
             raise ArchipelError(
-                f'{words[0]!r} is a folder: is it the run? Then a prompt is missing: archipel generate {words[0]} "a red ball bounces"'
+                f'{words[0]!r} is a {kind}: is it the run? Then a prompt is missing: archipel generate {words[0]} "a red ball bounces"'
             )
         raise ArchipelError(
             f"{words[0]!r} was read as the prompt, but which run shall generate it? No model ships with Archipel yet: "
