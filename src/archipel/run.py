@@ -12,6 +12,7 @@ from archipel.errors import ArchipelError, MissingStageError
 
 MONOLITH = "monolith"
 ROUTER = "router"
+DAMAGED = "damaged"  # stands where a version would, for a part that is there and cannot be used
 
 
 def _folder_hint(path: Path) -> str:

@@ -21,7 +21,7 @@ from archipel.config import RunConfig
 from archipel.contracts import Codec, Conditioning, Posterior, TextEncoder, Velocity
 from archipel.errors import ArchipelError, MissingStageError
 from archipel.routing.router import CALIBRATION, load_router, read_calibration
-from archipel.run import ROUTER, Run
+from archipel.run import DAMAGED, ROUTER, Run
 
 OPENER = "archipel.islands.remote:open_source"
 """``open_source(url, run_id) -> Source`` for runs that are no folders, as ``module:function``."""
@@ -46,7 +46,10 @@ class Source(Protocol):
         ...
 
     def folder(self, name: str, version: str) -> Path:
-        """A folder on this disk with the card, configuration and weights of that version (or of a later one)."""
+        """A folder on this disk with the card, configuration and weights of that version (or of a later one).
+
+        Raises ArchipelError saying what is wrong with a version that is ``DAMAGED``.
+        """
         ...
 
     def codec(self) -> Path:
@@ -80,10 +83,14 @@ class RunFolder:
         except FileNotFoundError:  # taken away while we looked
             return None
         except ArchipelError:
-            return "damaged"  # there, but not usable: whoever asks for it is told why, others go on
+            return DAMAGED  # whoever asks for it is told why, others go on
 
     def folder(self, name: str, version: str) -> Path:
-        return self.run.expert(name)
+        folder = self.run.expert(name)
+        if version == DAMAGED:
+            self.run.need(folder, "verify")
+            read_calibration(self.run)
+        return folder
 
     def codec(self) -> Path:
         self.run.need(self.run.codec, "prepare")

@@ -21,7 +21,7 @@ from archipel.ensemble.parts import Parts, open_source
 from archipel.ensemble.settings import MAX_PROMPT, Settings, check_clusters, check_prompts, check_seeds, parse_strategy
 from archipel.errors import ArchipelError, MissingStageError
 from archipel.flow import draws, samplers
-from archipel.run import MONOLITH, ROUTER
+from archipel.run import DAMAGED, MONOLITH, ROUTER
 
 __all__ = ["MAX_PROMPT", "Archipelago", "Generated", "Lineup", "Parts", "Settings", "parse_strategy"]
 
@@ -153,6 +153,8 @@ class Archipelago:
         present = [i for i in range(k) if str(i) in there]
         if not present:
             self.parts.check([str(i) for i in range(k)] + ([ROUTER] if kind in _ROUTED else []))
+        for name in [str(i) for i in present if there[str(i)] == DAMAGED]:
+            self.parts.source.folder(name, DAMAGED)  # says what is wrong, before any work
         warnings = [] if len(present) == k else [self._missing(present, k)]
         router: Posterior | None = None
         if kind in _ROUTED and ROUTER in there:

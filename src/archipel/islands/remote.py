@@ -29,7 +29,7 @@ from archipel.islands.claims import read_state
 from archipel.islands.objects import Objects, StoreError, decode
 from archipel.islands.trust import Bounds
 from archipel.progress import Progress
-from archipel.run import Run
+from archipel.run import DAMAGED, Run
 
 logger = logging.getLogger("archipel")
 LOOK_EVERY = 30.0  # seconds: a long-lived process asks the bucket for late experts no more often by itself
@@ -210,7 +210,7 @@ class BucketRun:
                     continue
                 self._pointers[name] = (mark, pointer)
             pointed = self._pointers[name][1]
-            found[name] = pointed.version if isinstance(pointed, Admitted) else "damaged"
+            found[name] = pointed.version if isinstance(pointed, Admitted) else DAMAGED
         return found
 
     def how(self, names: Sequence[str]) -> str:
