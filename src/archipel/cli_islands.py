@@ -286,5 +286,5 @@ def pull(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to ``archipel``."""
-    for verb in (publish, join, admit, pull, policy, keygen):
+    for verb in (publish, join, admit, pull, policy, gc, keygen):
         app.command()(verb)
