@@ -25,6 +25,7 @@ from archipel.run import MONOLITH, ROUTER, Run
 
 if TYPE_CHECKING:
     from archipel.islands.launch.engine import Engine
+    from archipel.training.local import Local
 
 STAGES = ("prepare", "partition", "train", "route", "generate", "evaluate", "report")
 _WITH_PATH = ("folder", "webdataset", "huggingface")  # sources that read from clips.path
@@ -157,19 +158,28 @@ def partition(run: Run, stop: StopFlag | None = None) -> None:
 
 
 def train(
-    run: Run, name: str, *, seconds: float | None = None, threads: int | None = None, stop: StopFlag | None = None
+    run: Run,
+    name: str,
+    *,
+    seconds: float | None = None,
+    threads: int | None = None,
+    stop: StopFlag | None = None,
+    local: Local | None = None,
 ) -> None:
-    """Train one job in this process: an expert's number, ``monolith`` or ``router``."""
+    """Train one job in this process: an expert's number, ``monolith`` or ``router``. ``local`` says how it is computed here;
+    one of several processes that torchrun started takes its part."""
+    from archipel.training.ranks import launched
+
     run.expert(name)  # names the jobs where there is no such one
-    with log_to(run.log(f"train-{name}")):
+    with log_to(run.log(f"train-{name}")) if launched()[0] == 0 else contextlib.nullcontext():
         if name == ROUTER:
             from archipel.routing.stage import train_router
 
-            train_router(run, seconds=seconds, threads=threads, stop=stop)
+            train_router(run, seconds=seconds, threads=threads, stop=stop, local=local)
         else:
             from archipel.training.stage import train as stage
 
-            stage(run, name, seconds=seconds, threads=threads, stop=stop)
+            stage(run, name, seconds=seconds, threads=threads, stop=stop, local=local)
 
 
 def train_all(

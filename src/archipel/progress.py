@@ -33,12 +33,13 @@ def seconds_text(seconds: float) -> str:
 
 
 class Progress:
-    """A bar over ``total`` units: ``with Progress("prepare: latents", 240) as bar: bar.advance()``.
+    """A bar over ``total`` units (nothing is shown where ``quiet``): ``with Progress("prepare: latents", 240) as bar: bar.advance()``.
 
     ``start`` is what was already done (resumed work), so that the estimate counts only this process's speed.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0) -> None:
+    def __init__(self, label: str, total: int, start: int = 0, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.label, self.total, self.done = label, max(total, 1), start
         self._first, self._began, self._said = start, time.monotonic(), 0.0
         self._bar: Any = None
@@ -47,7 +48,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = self._said = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as RichProgress
@@ -66,6 +67,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._quiet:
+            return
         elapsed = time.monotonic() - self._began
         if self._bar is not None:
             self._show()
@@ -86,7 +89,7 @@ class Progress:
             self.note = note
         if self._bar is not None:
             self._show()
-        elif time.monotonic() - self._said >= _QUIET_EVERY:
+        elif not self._quiet and time.monotonic() - self._said >= _QUIET_EVERY:
             self._said = time.monotonic()
             print(
                 f"{self.label}: {self.done}/{self.total}, {self.left()} left {self.note}", file=sys.stderr, flush=True

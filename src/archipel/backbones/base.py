@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,15 @@ class Backbone(nn.Module, ABC):
 
     network: nn.Module
     facts: dict[str, Any]
+
+    def blocks(self) -> list[nn.Module]:
+        """The network's repeated blocks, in order: what is held, gathered and let go together where it is sharded."""
+        names = set(getattr(self.network, "_no_split_modules", None) or ())  # diffusers' own list of class names
+        return [module for module in self.network.modules() if type(module).__name__ in names]
+
+    @abstractmethod
+    def ends(self) -> list[nn.Module]:
+        """What embeds inputs and times, and the last projection: computed in float32 whatever the blocks are."""
 
     @property
     def parameters_total(self) -> int:
@@ -57,6 +68,11 @@ class Denoiser(Backbone, ABC):
         return self.velocity(x, t, cond)
 
 
+def flux_ends(network: Any) -> list[nn.Module]:
+    """``Backbone.ends`` of a ``FluxTransformer2DModel``. Its residual stream has the dtype that ``x_embedder`` gives."""
+    return [network.x_embedder, network.context_embedder, network.time_text_embed, network.proj_out]
+
+
 def zero_modulation(network: nn.Module) -> None:
     """Zero the output projection and every modulation, so that each block starts as the identity and the output as 0.
 
@@ -69,12 +85,14 @@ def zero_modulation(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def save(backbone: Backbone, folder: Path) -> tuple[str, str]:
+def save(backbone: Backbone, folder: Path, state: Mapping[str, np.ndarray] | None = None) -> tuple[str, str]:
     """Write weights and configuration; the caller's card, written last, lists the two names returned.
 
-    The card must carry ``network=backbone.facts``, which ``load`` needs.
+    The card must carry ``network=backbone.facts``, which ``load`` needs. ``state``: the weights of a network that is not
+    whole in this process, by its own names.
     """
-    state = {name: value.detach().cpu().numpy() for name, value in backbone.network.state_dict().items()}
+    if state is None:
+        state = {name: value.detach().cpu().numpy() for name, value in backbone.network.state_dict().items()}
     store.write_tensors(folder / WEIGHTS, state, metadata={"format": "pt"})
     store.write_json(folder / CONFIG, diffusers_config(backbone.network))
     return WEIGHTS, CONFIG
@@ -85,7 +103,9 @@ def diffusers_config(network: Any) -> dict[str, Any]:
     import diffusers
 
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in network.config.items() if key[0] != "_"}
-    return {"_class_name": type(network).__name__, "_diffusers_version": diffusers.__version__, **plain}
+    # Sharding puts a class of torch's own before diffusers'.
+    kind = next((one for one in type(network).__mro__ if one.__module__.startswith("diffusers.")), type(network))
+    return {"_class_name": kind.__name__, "_diffusers_version": diffusers.__version__, **plain}
 
 
 def read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

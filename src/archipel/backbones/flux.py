@@ -51,6 +51,9 @@ class FluxDenoiser(base.Denoiser):
         super().__init__()
         self.network, self.facts, self.prediction = network, dict(facts), str(facts["prediction"])
 
+    def ends(self) -> list[nn.Module]:
+        return base.flux_ends(self.network)
+
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, T, H, W) float, t (B,) in [0, 1], one shape per batch -> like x; padding has no effect."""
         B, _, T, H, W = x.shape

@@ -28,6 +28,9 @@ class FluxRouter(base.Backbone):
         super().__init__()
         self.network, self.facts, self.experts = network, dict(facts), int(facts["experts"])
 
+    def ends(self) -> list[nn.Module]:
+        return base.flux_ends(self.network)
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise; of ``cond`` only ``pooled`` (B, P) -> logits (B, K)."""
         B, _, T, H, W = x.shape

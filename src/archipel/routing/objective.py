@@ -49,19 +49,20 @@ class RouterObjective:
         device: str = "cpu",
     ) -> None:
         self.model, self.shard, self.experts = model.to(device), shard, experts
-        self._seed, self._size, self._device = seed, batch, device
+        self._seed, self.size, self._device = seed, batch, device
         self._dropout = text_dropout
         self._times = [(number + 0.5) / TIMES for number in range(TIMES)]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: slice | None = None) -> Batch:
         return training_batch(
             self.shard.train,
             self._seed,
             step,
-            self._size,
+            self.size,
             shift=None,
             text_dropout=self._dropout,
             device=self._device,
+            part=part,
         )
 
     def loss(self, batch: Batch) -> Tensor:

@@ -30,6 +30,7 @@ from archipel.run import ROUTER, Run
 from archipel.training import machine
 from archipel.training.batches import Shard, open_shard
 from archipel.training.job import Plan, train_job
+from archipel.training.local import Local
 from archipel.training.loop import Settings
 
 __all__ = ["CalibratedRouter", "load_router", "route", "train_router"]
@@ -54,6 +55,7 @@ def train_router(
     threads: int | None = None,
     stop: StopFlag | None = None,
     device: str | None = None,
+    local: Local | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
     facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
@@ -89,6 +91,7 @@ def train_router(
         threads=threads,
         stop=stop,
         device=device,
+        local=local,
         on_checkpoint=on_checkpoint,
         facts=facts,
     )
@@ -146,7 +149,7 @@ def _calibrate(run: Run, bar: Progress, device: str) -> None:
     fitted = calibration.fit(draws, prior)
     bar.advance()
     numbers = quality.measure(draws, prior, groups, fitted)
-    fitted = _first_do_no_harm(fitted, numbers)
+    fitted = first_do_no_harm(fitted, numbers)
     marks: dict[str, Any] = {"format": FORMAT, "run": run.id, "model_sha256": model_hash(folder), "split": "validation"}
     store.write_json(folder / QUALITY, {**marks, **numbers})
     about = {"n": len(rows), "groups": len(set(groups)), "draws": int(draws.logits.shape[2])}
@@ -155,7 +158,7 @@ def _calibrate(run: Run, bar: Progress, device: str) -> None:
     _say(numbers, len(rows))
 
 
-def _first_do_no_harm(fitted: calibration.Calibration, numbers: dict[str, Any]) -> calibration.Calibration:
+def first_do_no_harm(fitted: calibration.Calibration, numbers: dict[str, Any]) -> calibration.Calibration:
     """Keep a branch's temperatures only where they lower the cross-entropy of clips they were not fitted on.
 
     With a few dozen validation clips one confident error can spoil a fit. Where they are not kept, ``numbers`` say what

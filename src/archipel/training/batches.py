@@ -6,6 +6,7 @@ Rows come from the endless concatenation of epochs; time, text dropout and noise
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +106,15 @@ class Shard:
     validation: Clips
 
 
-def open_shard(folder: Path) -> Shard:
-    """Open a committed shard after holding it to its checksums.
+def open_shard(folder: Path, *, hashed: bool = True) -> Shard:
+    """Open a committed shard after holding it to its checksums (not ``hashed``: somebody beside us just did).
 
     Raises MissingStageError where it is not finished, DamagedError where it is not what its card says, ArchipelError
     where there is nothing to train on.
     """
     if store.read_card(folder, "shard") is None:
         raise MissingStageError(f"{folder} is not finished: run `archipel partition` first")
-    problems = store.check_card(folder)
+    problems = store.check_card(folder) if hashed else []
     if problems:
         raise DamagedError(f"{problems[0].path} {problems[0].reason}: run `archipel partition` again to make it anew")
     shard = Shard(Clips(folder / "train.safetensors"), Clips(folder / "validation.safetensors"))
@@ -133,20 +134,31 @@ def numbered(items: Sequence[int]) -> list[int]:
 
 
 def training_batch(
-    clips: Clips, seed: int, step: int, size: int, *, shift: float | None, text_dropout: float, device: str = "cpu"
+    clips: Clips,
+    seed: int,
+    step: int,
+    size: int,
+    *,
+    shift: float | None,
+    text_dropout: float,
+    device: str = "cpu",
+    part: slice | None = None,
 ) -> Batch:
     """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together; of a clip's
-    windows each is drawn alike. Times are logit-normal with ``shift``, or uniform on [0, 1] where it is None.
+    windows each is drawn alike. Times are logit-normal with ``shift``, or uniform on [0, 1] where it is None. ``part``
+    makes these of the batch's clips only, with the noise they have in the whole batch.
     """
     rows = batch_rows(seed, step, size, len(clips))
     items = numbered(clips.items(rows))
+    if part is not None:
+        rows, items = rows[part], items[part]
     x0, cond, cluster = clips.take(rows, device)
     if clips.phases > 1:
         phase = draws.uniforms(seed, items, step=step, purpose=draws.PHASE) * clips.phases
         x0 = clips.windows(rows, phase.astype(np.int64)).to(device)
     # One stream per item, in a fixed order: time, dropout, noise. Making a stream costs about as much as filling it.
-    normals, uniforms = np.empty(size), np.empty(size)
-    eps = np.empty((size, *clips.latent_shape), np.float32)
+    normals, uniforms = np.empty(len(rows)), np.empty(len(rows))
+    eps = np.empty((len(rows), *clips.latent_shape), np.float32)
     for place, item in enumerate(items):
         stream = draws.generator(seed, draws.NOISE, step, item)
         normals[place], uniforms[place] = stream.standard_normal(), stream.random()
@@ -158,6 +170,19 @@ def training_batch(
     if text_dropout:
         cond = cond.drop(torch.from_numpy(uniforms < text_dropout).to(device))
     return Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t))
+
+
+def shares(size: int, ranks: int, rank: int, micro: int) -> list[tuple[slice, float]]:
+    """What process ``rank`` of ``ranks`` computes of a batch of ``size`` clips: slices, and the weight of each.
+
+    At most ``micro`` clips a slice (0: no bound), each clip in exactly one slice of one process. All processes get equally
+    many slices, since each takes part in every exchange; one that has no clip left gets the first clip with weight 0.
+    """
+    most = -(-size // ranks)
+    count = -(-most // micro) if micro else 1
+    begin, end = size * rank // ranks, size * (rank + 1) // ranks
+    edges = [begin + (end - begin) * place // count for place in range(count + 1)]
+    return [(slice(a, b), 1.0) if b > a else (slice(0, 1), 0.0) for a, b in itertools.pairwise(edges)]
 
 
 def validation_batches(

@@ -59,17 +59,22 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
     return target
 
 
-def latest(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest good checkpoint, or None. Damaged ones are named in the log and passed over.
+def latest(folder: Path, run_id: str, name: str | None = None) -> Checkpoint | None:
+    """The newest good checkpoint (of job ``name``), or None. Damaged ones are named in the log and passed over.
 
     Raises ArchipelError for one of another run or of a newer format.
     """
     for path in _folders(folder):
         try:
-            return _read(path, run_id)
+            return _read(path, run_id, name)
         except (DamagedError, OSError) as error:
             logger.warning("checkpoint %s is passed over: %s", path.name, error)
     return None
+
+
+def at(folder: Path, step: int, run_id: str) -> Checkpoint:
+    """The checkpoint of a step that another process of this training has just found good: it is not hashed again."""
+    return _read(folder / f"{step:08d}", run_id, None, hashed=False)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -79,7 +84,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()), reverse=True)
 
 
-def _read(path: Path, run_id: str) -> Checkpoint:
+def _read(path: Path, run_id: str, name: str | None, *, hashed: bool = True) -> Checkpoint:
     if not (path / MANIFEST).is_file():
         raise DamagedError("it has no manifest (its writer was stopped)")
     manifest = store.read_json(path / MANIFEST)
@@ -97,6 +102,8 @@ def _read(path: Path, run_id: str) -> Checkpoint:
             f"{path} belongs to another run.toml (run {str(manifest.get('run'))[:12]}, this is {run_id[:12]}): "
             f"put the old run.toml back, or remove {path.parent} to train anew"
         )
+    if name is not None and manifest.get("name", name) != name:
+        raise DamagedError(f"it is of job {str(manifest['name'])[:40]!r}")
     try:
         wanted, step = manifest["files"][STATE], int(manifest["step"])
     except (KeyError, TypeError, ValueError) as error:
@@ -108,6 +115,6 @@ def _read(path: Path, run_id: str) -> Checkpoint:
     size = (path / STATE).stat().st_size
     if size != wanted["bytes"]:
         raise DamagedError(f"{STATE} has {size} bytes, its manifest says {wanted['bytes']}")
-    if store.sha256_file(path / STATE) != wanted["sha256"]:
+    if hashed and store.sha256_file(path / STATE) != wanted["sha256"]:
         raise DamagedError(f"{STATE} is damaged: its sha256 is not the manifest's")
     return Checkpoint(step, store.map_tensors(path / STATE), manifest)

@@ -9,8 +9,9 @@ initial weights never enter, so no warm-up rule is needed. Length as a share of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,23 @@ def weight(beta: float, step: int) -> float:
 
 
 class Ema:
-    """Averages ``model``'s parameters, in their own dtype and on their own device; ``tensors`` are by name."""
+    """Averages ``model``'s parameters, in their own dtype and on their own device; ``tensors`` are by name.
 
-    def __init__(self, model: nn.Module, beta: float) -> None:
-        self.beta = beta
-        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Of a sharded model each process averages its own parts: ``mine`` gives the part of a parameter.
+    """
+
+    def __init__(self, model: nn.Module, beta: float, mine: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.beta, self._mine = beta, mine
+        self._parameters: list[Tensor] = [p for _, p in model.named_parameters()]
+        self.tensors: dict[str, Tensor] = {
+            name: (mine(p) if mine else p).detach().clone() for name, p in model.named_parameters()
+        }
         self._average = list(self.tensors.values())
-        self._live: list[Tensor] = [p for _, p in model.named_parameters()]
+
+    @functools.cached_property
+    def _live(self) -> list[Tensor]:
+        # Looked at after the first step: FSDP2 may put a parameter's part into other memory on the first forward.
+        return [self._mine(p) for p in self._parameters] if self._mine else self._parameters
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -47,7 +58,18 @@ class Ema:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averaged weights inside the block; nothing is copied, the raw ones come back."""
+        """The model computes with the averaged weights inside the block; the raw ones come back.
+
+        Nothing is copied, but in a sharded model, which gathers its weights from where they lie.
+        """
+        if self._mine:
+            kept = [p.clone() for p in self._live]
+            try:
+                torch._foreach_copy_(self._live, self._average)
+                yield
+            finally:
+                torch._foreach_copy_(self._live, kept)
+            return
         raw = [p.data for p in self._live]
         try:
             for p, average in zip(self._live, self._average, strict=True):

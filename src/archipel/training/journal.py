@@ -16,6 +16,7 @@ from torch import Tensor
 
 from archipel import store
 from archipel.errors import ArchipelError
+from archipel.training.ranks import ALONE, Ranks
 
 METRICS = "metrics.jsonl"
 PROGRESS = "progress.json"
@@ -36,14 +37,18 @@ class Journal:
         start: int = 0,
         seconds: float = 0.0,
         resumed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """``rate(step)`` is the learning rate of a step; ``start`` and ``seconds`` what earlier processes made."""
+        """``rate(step)`` is the learning rate of a step; ``start`` and ``seconds`` what earlier processes made. Of
+        several ``ranks`` all keep a journal and the first writes it."""
         self.folder, self.label, self.steps, self.rate = folder, label, steps, rate
-        self.start, self.resumed = start, resumed
+        self.start, self.resumed, self.ranks = start, resumed, ranks
         self.every = max(1, min(10, steps // _LINES))
         self._before, self._began, self._told = seconds, time.monotonic(), -math.inf
         self._pending: list[Tensor] = []
         self.loss = math.nan
+        if not ranks.first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         rows = store.read_jsonl(folder / METRICS)
         kept = [row for row in rows if int(row.get("step", 0)) <= start]
@@ -56,6 +61,7 @@ class Journal:
         return self._before + time.monotonic() - self._began
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
+        """This process's share of a step's loss, and the norm of all processes' gradients."""
         self._pending.append(torch.stack([loss, norm]))
 
     def flush(self, step: int, validation: Mapping[str, Any] | None = None) -> None:
@@ -64,16 +70,20 @@ class Journal:
         if not (self._pending or validation):
             return  # all of it is told already
         if self._pending:
-            values = torch.stack(self._pending).tolist()
+            table = torch.stack(self._pending)
+            if self.ranks.size > 1:
+                table[:, 0] = self.ranks.total(table[:, 0])
+            values = table.tolist()
             first = step - len(values) + 1
             for offset, (loss, norm) in enumerate(values):
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     what = "loss" if not math.isfinite(loss) else "gradient"
-                    raise ArchipelError(
+                    error = ArchipelError(
                         f"training {self.label}: the {what} is not finite at step {first + offset} (rate "
                         f"{self.rate(first + offset - 1):.3g}): make a new run with a lower lr, a longer warmup or a smaller "
                         "grad_clip; the last good checkpoint is kept"
                     )
+                    raise self.ranks.agreed(error)
             self._pending.clear()
             self.loss = sum(loss for loss, _ in values) / len(values)
             line |= {"loss": self.loss, "grad_norm": sum(norm for _, norm in values) / len(values)}
@@ -84,11 +94,14 @@ class Journal:
                 "validation_ema": validation["ema"]["loss"],
                 "validation_detail": dict(validation),
             }
-        store.append_jsonl(self.folder / METRICS, line)
+        if self.ranks.first:
+            store.append_jsonl(self.folder / METRICS, line)
 
     def tell(self, step: int, state: str = "training") -> None:
         """Rewrite progress.json, at most once a second while training."""
         now = time.monotonic()
+        if not self.ranks.first:
+            return
         if state == "training" and now - self._told < _PROGRESS_EVERY:
             return
         self._told = now

@@ -7,7 +7,7 @@ depends on the step alone, and checkpoints from which the rest follows bit for b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,18 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from archipel import config
+from archipel.backbones.base import Backbone
 from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 from archipel.training import checkpoint, schedule
+from archipel.training.batches import shares
 from archipel.training.checkpoint import Checkpoint
 from archipel.training.ema import Ema, decay
 from archipel.training.journal import Journal, read_progress
+from archipel.training.local import Local
+from archipel.training.precision import FLOAT32, autocast, keep_float32
+from archipel.training.ranks import ALONE, Ranks
 
 CHECKPOINTS = "checkpoints"
+PLAIN = Local()
 
 
 class Objective(Protocol):
     """What is trained. Nothing in it may depend on the past: ``batch(step)`` is a function of the step.
+
+    Where a batch is computed in parts (several processes, micro-batches) there must be ``size``, its items in all, and
+    ``batch(step, part)``, which makes those of a slice only, as they are in the whole batch.
 
     ``loss`` gives one loss per item (B,), on the model's device. ``validate`` runs without gradients on the weights
     that the model holds just then and returns JSON-able numbers with at least "loss" (a mean over all items), or {}
@@ -37,7 +46,10 @@ class Objective(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
-    def batch(self, step: int) -> Any: ...
+    @property
+    def size(self) -> int: ...
+
+    def batch(self, step: int, part: slice | None = None, /) -> Any: ...
 
     def loss(self, batch: Any) -> Tensor: ...
 
@@ -81,6 +93,15 @@ class Settings:
         return schedule.rate(step, peak=self.lr, steps=self.steps, warmup=self.warmup, cooldown=self.cooldown)
 
 
+def _parts(objective: Objective, local: Local, ranks: Ranks) -> list[tuple[slice, float]] | None:
+    """What this process computes of every batch, or None where it computes all of it at once."""
+    if ranks.size == 1 and not local.micro_batch:
+        return None
+    if ranks.size == 1 and local.micro_batch >= objective.size:
+        return None
+    return shares(objective.size, ranks.size, ranks.rank, local.micro_batch)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A finished training. ``validation`` is the last {"raw", "ema"}; ``best`` {"step", "loss"} where one was kept."""
@@ -95,8 +116,14 @@ class Outcome:
 class Trainer:
     """Model, optimizer and average after ``step`` finished steps."""
 
-    def __init__(self, objective: Objective, settings: Settings) -> None:
+    def __init__(self, objective: Objective, settings: Settings, local: Local = PLAIN, ranks: Ranks = ALONE) -> None:
+        """The model lies on its device already and is sharded here, where there are several ``ranks``."""
         self.objective, self.settings, self.step = objective, settings, 0
+        self.ranks, self._parts = ranks, _parts(objective, local, ranks)
+        ranks.shard(objective.model, local.precision)
+        if local.precision != FLOAT32 and isinstance(objective.model, Backbone):
+            keep_float32(objective.model.ends())
+        self._cast = autocast(local.precision, next(objective.model.parameters()).device.type)
         self.named = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
         # Biases and norms are not decayed: pulling them to zero only moves the function.
@@ -109,7 +136,8 @@ class Trainer:
             betas=settings.betas,
             fused=True,
         )
-        self.ema = Ema(objective.model, decay(settings.ema, settings.steps))
+        mine = ranks.mine if ranks.size > 1 else None
+        self.ema = Ema(objective.model, decay(settings.ema, settings.steps), mine)
         self.best: dict[str, Any] | None = None
         self.best_tensors: dict[str, Tensor] = {}
 
@@ -117,32 +145,58 @@ class Trainer:
         """One step: mean loss and gradient norm, detached and still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
-        loss = self.objective.loss(self.objective.batch(self.step)).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        loss = self._whole() if self._parts is None else self._in_parts(self._parts)
+        norm = self.ranks.clip(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.ema.update(self.step)
         return loss.detach(), norm.detach()
 
+    def _whole(self) -> Tensor:
+        batch = self.objective.batch(self.step)
+        with self._cast():
+            loss = self.objective.loss(batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _in_parts(self, parts: Sequence[tuple[slice, float]]) -> Tensor:
+        """This process's share of the mean loss over the whole batch; gradients are of the mean over all processes' clips.
+
+        Each micro-batch's gradients are added to the others' shards at once: holding them back until the last would
+        save messages and cost a whole model's memory in each process.
+        """
+        size, share = self.objective.size, torch.zeros((), device=self.parameters[0].device)
+        for part, weight in parts:
+            batch = self.objective.batch(self.step, part)
+            with self._cast():
+                loss = self.objective.loss(batch).sum() * (weight / size)
+            # FSDP2 gives the mean of the processes' gradients, and their sum is wanted.
+            (loss * self.ranks.size).backward()  # type: ignore[no-untyped-call]
+            share += loss.detach()
+        return share
+
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """{"raw": ..., "ema": ...}, or {}; remembers the best average where settings ask for it."""
         self.objective.model.eval()
-        raw = self.objective.validate()
-        with self.ema.applied():
+        with self._cast():
+            raw = self.objective.validate()
+        with self.ema.applied(), self._cast():
             averaged = self.objective.validate()
         self.objective.model.train()
         if not raw:
             return {}
-        if self.settings.keep == "best" and (self.best is None or averaged["loss"] < self.best["loss"]):
-            self.best = {"step": self.step, "loss": averaged["loss"]}
+        # Each process validates on everything; what follows from a last bit must be the same for all.
+        loss = self.ranks.same(averaged["loss"])
+        if self.settings.keep == "best" and (self.best is None or loss < self.best["loss"]):
+            self.best = {"step": self.step, "loss": loss}
             self.best_tensors = {name: value.clone() for name, value in self.ema.tensors.items()}
         return {"raw": raw, "ema": averaged}
 
     def arrays(self) -> dict[str, Any]:
-        """The state as numpy arrays by name: views of it where it is on the CPU."""
+        """The state as whole numpy arrays by name: views of it where one process has it on the CPU; None on all but the
+        first of several processes, who give their parts."""
         groups: dict[str, Mapping[str, Tensor]] = {
             "weight": dict(self.named),
             "average": self.ema.tensors,
@@ -150,7 +204,8 @@ class Trainer:
             "moment2": {name: self._moment(p, "exp_avg_sq") for name, p in self.named},
             "best": self.best_tensors,
         }
-        return {f"{g}/{n}": v.detach().cpu().numpy() for g, values in groups.items() for n, v in values.items()}
+        named = dict(self.named)
+        return {f"{g}/{n}": self.ranks.whole(v, named[n]) for g, values in groups.items() for n, v in values.items()}
 
     def _moment(self, p: Tensor, name: str) -> Tensor:
         """AdamW's moment of a parameter; zeros where no gradient reaches it (the last double block's text stream, where
@@ -172,20 +227,20 @@ class Trainer:
                 f"{wanted.get(odd[0])}; remove the checkpoints to train anew"
             )
         tensors = {name: torch.tensor(array) for name, array in found.arrays.items()}
+
+        def part(group: str, name: str, p: Tensor) -> Tensor:
+            return self.ranks.mine(self.ranks.like(tensors[f"{group}/{name}"], p))
+
         for name, p in self.named:
-            p.copy_(tensors[f"weight/{name}"])
+            p.copy_(self.ranks.like(tensors[f"weight/{name}"], p))
             self.optimizer.state[p] = {
                 "step": torch.tensor(float(found.step), device=p.device),
-                "exp_avg": tensors[f"moment1/{name}"].to(p.device),
-                "exp_avg_sq": tensors[f"moment2/{name}"].to(p.device),
+                "exp_avg": self.ranks.like(tensors[f"moment1/{name}"], p),
+                "exp_avg_sq": self.ranks.like(tensors[f"moment2/{name}"], p),
             }
-        self.ema.restore({name: tensors[f"average/{name}"] for name in self.ema.tensors})
+        self.ema.restore({name: part("average", name, p) for name, p in self.named})
         self.best = found.manifest.get("best")
-        self.best_tensors = {
-            name.removeprefix("best/"): value.to(self.parameters[0].device)
-            for name, value in tensors.items()
-            if name.startswith("best/")
-        }
+        self.best_tensors = {name: part("best", name, p) for name, p in self.named if f"best/{name}" in tensors}
         self.step = found.step
 
     @torch.no_grad()
@@ -193,7 +248,7 @@ class Trainer:
         """Put the final weights (the average, or the best one) into the model."""
         final = self.best_tensors or self.ema.tensors
         for name, p in self.named:
-            p.copy_(final[name])
+            self.ranks.mine(p).copy_(final[name])
         self.objective.model.eval()
 
 
@@ -208,16 +263,19 @@ def fit(
     start: Checkpoint | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
     on_checkpoint: Callable[[Path], None] | None = None,
+    local: Local = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train to ``settings.steps`` and leave the final weights (average or best) in ``objective.model``.
 
     ``folder`` gets metrics.jsonl, progress.json and checkpoints/; ``start`` is the checkpoint to continue from
     (``checkpoint.latest(folder / CHECKPOINTS, run_id)``); ``facts()`` goes into every manifest; ``on_checkpoint`` is
     given the folder of each checkpoint right after it is committed, and what it raises ends the training.
+    ``local`` says how the batch is computed; of several ``ranks``, who all call this, the first writes.
     Raises Stopped with everything saved where ``stop`` is set, ArchipelError for a loss that is not finite or a
     folder that cannot be written; the newest good checkpoint stays either way.
     """
-    trainer = Trainer(objective, settings)
+    trainer = Trainer(objective, settings, local, ranks)
     before = read_progress(folder)
     resumed = max((int(d.get("resumed", 0)) for d in (before, start and start.manifest) if d), default=-1) + 1
     if start is not None:
@@ -231,6 +289,7 @@ def fit(
             start=trainer.step,
             seconds=float(start.manifest.get("seconds", 0.0)) if start else 0.0,
             resumed=resumed,
+            ranks=ranks,
         )
         journal.tell(trainer.step, "starting")
         try:
@@ -251,7 +310,7 @@ def _run(
     facts: Callable[[], Mapping[str, Any]],
     on_checkpoint: Callable[[Path], None] | None,
 ) -> Outcome:
-    s, folder = trainer.settings, journal.folder / CHECKPOINTS
+    s, folder, ranks = trainer.settings, journal.folder / CHECKPOINTS, trainer.ranks
     validation: dict[str, Any] = dict(start.manifest.get("validation", {})) if start else {}
     saved = trainer.step if start else -1
 
@@ -260,19 +319,26 @@ def _run(
         if saved == trainer.step:
             return
         own = {"resumed": journal.resumed, "seconds": journal.seconds, "best": trainer.best, "validation": validation}
-        made = checkpoint.save(folder, trainer.step, trainer.arrays(), {**facts(), "run": run_id, **own})
+        arrays = trainer.arrays()
+
+        def write() -> None:
+            made = checkpoint.save(folder, trainer.step, arrays, {**facts(), "run": run_id, "name": journal.label, **own})
+            if on_checkpoint is not None:
+                on_checkpoint(made)
+
+        ranks.lead(write)
         saved = trainer.step
-        if on_checkpoint is not None:
-            on_checkpoint(made)
 
     trainer.objective.model.train()
-    with Progress(f"train {journal.label}", s.steps, start=trainer.step) as bar:
+    with Progress(f"train {journal.label}", s.steps, start=trainer.step, quiet=not ranks.first) as bar:
         while trainer.step < s.steps:
-            if stop:
+            asked = ranks.asked(stop)
+            if asked:
                 if saved != trainer.step and trainer.step > 0:
                     journal.flush(trainer.step)
                     save()
-                raise stop.error(f"training {journal.label} (step {trainer.step} of {s.steps})")
+                what = f"training {journal.label} (step {trainer.step} of {s.steps})"
+                raise ranks.stopped(stop, asked, what)
             journal.add(*trainer.advance())
             done, last = trainer.step, trainer.step == s.steps
             if last or done % s.validate_every == 0:

@@ -25,8 +25,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def build(device: str, threads: int) -> dict[str, Any]:
-    """Torch build, numpy (its normal generator), CPU type, device and thread count of this process."""
+def build(
+    device: str, threads: int, *, precision: str = "float32", micro_batch: int = 0, world_size: int = 1
+) -> dict[str, Any]:
+    """Torch build, numpy (its normal generator), CPU type, device and thread count of this process, and how the batch was
+    computed: ``micro_batch`` clips at once in each of ``world_size`` processes."""
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -35,6 +38,9 @@ def build(device: str, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "matmul": torch.get_float32_matmul_precision(),
         "threads": threads,
+        "precision": precision,
+        "micro_batch": micro_batch,
+        "world_size": world_size,
     }
 
 

@@ -31,19 +31,20 @@ class FlowObjective:
         device: str = "cpu",
     ) -> None:
         self.model, self.shard = model.to(device), shard
-        self._seed, self._size, self._device = seed, batch, device
+        self._seed, self.size, self._device = seed, batch, device
         self._shift, self._dropout = shift, text_dropout
         self._times = validation_times(BINS, shift).tolist()
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: slice | None = None) -> Batch:
         return training_batch(
             self.shard.train,
             self._seed,
             step,
-            self._size,
+            self.size,
             shift=self._shift,
             text_dropout=self._dropout,
             device=self._device,
+            part=part,
         )
 
     def loss(self, batch: Batch) -> Tensor:

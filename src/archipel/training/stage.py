@@ -13,6 +13,7 @@ from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
 from archipel.training.batches import Shard
 from archipel.training.job import Plan, train_job
+from archipel.training.local import Local
 from archipel.training.loop import Settings
 from archipel.training.objective import FlowObjective
 
@@ -40,6 +41,7 @@ def train(
     threads: int | None = None,
     stop: StopFlag | None = None,
     device: str | None = None,
+    local: Local | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
     facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
@@ -79,6 +81,7 @@ def train(
         threads=threads,
         stop=stop,
         device=device,
+        local=local,
         on_checkpoint=on_checkpoint,
         facts=facts,
     )

@@ -1,0 +1,37 @@
+"""bfloat16 where it pays and float32 where it matters: autocast for the blocks, float32 at both ends of the network.
+
+Under autocast matrix products run in bfloat16 and everything that is added up over depth or steps stays float32. The
+embeddings (time above all: 8 bits of mantissa cannot tell t = 0.990 from 0.992) and the output projection leave autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from archipel.training.local import PRECISIONS
+
+FLOAT32, BFLOAT16 = PRECISIONS
+
+
+def autocast(precision: str, device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Gives the context that forward passes on ``device`` run in; float32 has none."""
+    if precision == FLOAT32:
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, torch.device(device).type, torch.bfloat16)
+
+
+def keep_float32(modules: list[nn.Module]) -> None:
+    """Let modules compute in float32 inside an autocast block; their parameters must be float32."""
+    for module in modules:
+        module.forward = functools.partial(_in_float32, module.forward)
+
+
+def _in_float32(forward: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return forward(*(value.float() if value.is_floating_point() else value for value in inputs))
