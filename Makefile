@@ -50,14 +50,15 @@ test: setup
 
 test-system: setup
 	./.ci/system-packages
+	./.ci/azurite
 	$(BIN)/python -m pytest -q -m system
 
 test-ray: setup-ray
 	.venv-ray/bin/python -m pytest -q -m ray tests/ray
 
 check: setup
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench faults
+	$(BIN)/ruff format --check src tests bench faults
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config .importlinter
 

@@ -77,6 +77,7 @@ class Proxy:
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname or "", parts.port or 80)
         self.rules: list[Rule] = list(rules)
+        self.strip: set[str] = set()  # lower-case names of headers that never reach the store
         self.seed, self.host, self.port = seed, host, port
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -251,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(pieces)
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP | self.proxy.strip}
         if body or self.command in ("PUT", "POST"):
             headers["Content-Length"] = str(len(body))
         self._store = http.client.HTTPConnection(*self.proxy.upstream, timeout=300)

@@ -171,8 +171,26 @@ class AzuriteServer(Server):
         return name
 
 
-class GcsServer(Server):
-    """The emulator speaks GCS's JSON API; obstore's client speaks the XML one (see docs/stores.md)."""
+class TinyGcsServer(Server):
+    """Ours: the requests of Google's XML API that the client makes (`faults.tiny_gcs`)."""
+
+    scheme = "gs"
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        super().__init__(host)
+        self.environment = {"STORAGE_EMULATOR_HOST": self.endpoint}
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "faults.tiny_gcs", self.host, str(self.port)]
+
+    def make_bucket(self, name: str) -> str:
+        status, said = self.request("PUT", f"/{name}")
+        assert status == 200, said
+        return name
+
+
+class GcsEmulator(Server):
+    """gcp-storage-emulator speaks Google's JSON API; obstore's client speaks the XML one: shown not to serve."""
 
     scheme = "gs"
 

@@ -69,8 +69,8 @@ class Objects:
     def open(cls, url: str | Path, *, patience: float = PATIENCE, timeout: float = 60.0, make: bool = False) -> Objects:
         """Open a folder path or URL; ``make`` creates a local folder. Nothing is asked of a remote store yet.
 
-        ``timeout``: seconds for one request, its body included. Raises ArchipelError for a URL that cannot be used,
-        a folder that is not there, or a link in its place.
+        ``timeout``: seconds for one request, its body included. Raises ArchipelError for a URL that cannot be used
+        or a folder that is not there.
         """
         url = check_url(str(url))
         root = local_root(url)

@@ -6,6 +6,7 @@ Credentials, regions, accounts and custom endpoints come from the environment th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +78,9 @@ def connect(url: str, timeout: float, retries: int = 0) -> tuple[Any, str]:
         s3 = store.S3Store(name, prefix=prefix, client_options=client, retry_config=retry, **more)
         return s3, endpoint or f"https://{name}.s3.{region}.amazonaws.com"
     if scheme == "gs":
-        more = {"config": {"base_url": endpoint, "skip_signature": True}} if endpoint else {}
+        if endpoint:  # an emulator: no account, and nobody to ask for a token
+            account = {"gcs_base_url": endpoint, "disable_oauth": True, "private_key_id": "", "private_key": ""}
+            more = {"config": {"service_account_key": json.dumps({**account, "client_email": ""})}}
         gs = store.GCSStore(name, prefix=prefix, client_options=client, retry_config=retry, **more)
         return gs, endpoint or "https://storage.googleapis.com"
     more = {"config": {"endpoint": endpoint}} if endpoint else {}
