@@ -12,8 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -145,12 +147,14 @@ def _ending(code: int) -> str:
     return "was ended by " + next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
 
 
-def _call(what: str, *arguments: object) -> None:
+def _call(what: str, *arguments: object) -> str:
+    """Carry out a command of ours here; what it told. Raises by its exit code."""
     done = subprocess.run(
         command(*arguments), env=os.environ | environment(None) | {"ARCHIPEL_STOP_WITH_PARENT": "0"},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     judge(what, done.returncode, done.stderr)
+    return done.stderr
 
 
 def publish(run: Run, store: str) -> None:
@@ -159,8 +163,22 @@ def publish(run: Run, store: str) -> None:
 
 
 def collect(run: Run, store: str) -> None:
-    """Bring the results of the store into the run's folder, where the stages after training look for them."""
-    _call("bringing the results back", "pull", store, run.root)
+    """Bring the results of the store into the run's folder, each admitted first: by the rules of RUN/trust.toml, and without
+    it by all but the loss, since the machines are the owner's own and training here would have asked for none.
+
+    Raises ArchipelError where one is refused, in the words of the refusal.
+    """
+    with tempfile.TemporaryDirectory(prefix="archipel-trust-") as folder:
+        rules = run.root / "trust.toml"
+        if not rules.exists():
+            rules = Path(folder) / "trust.toml"
+            rules.write_text("[loss]\nrequired = false\n", encoding="utf-8")
+        arguments = ["pull", store, run.root, "--run-id", run.id, "--admit", "--trust", rules]
+        said = _call("bringing the results back", *arguments)
+    missing = [name for name in run.job_names if not run.done(run.expert(name))]
+    if missing:
+        words = "; ".join(line.strip() for line in said.splitlines() if line.strip())
+        raise ArchipelError(f"jobs {', '.join(missing)} were not brought back from {store}: {words}")
 
 
 class Steps:

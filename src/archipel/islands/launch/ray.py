@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import pkgutil
 import shutil
@@ -357,7 +358,8 @@ def _by_ray_data(work: _Work, given: Iterable[Arrays]) -> Generator[Arrays, None
 
     context = data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # we have our own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every plan on the screen; its files keep it
     pieces = iter(given)
     while wave := [pack(piece) for piece in itertools.islice(pieces, _room(work))]:
         made = data.from_arrow([_table(piece) for piece in wave]).map_batches(
