@@ -146,7 +146,9 @@ class Round:
                     before = max([0, *(max(s) for k, s in sent.items() if k[0] == held[0] and k[1] < held[1])])
                     if int(match[2]) < before:
                         bad += 1
-                        self.record.problem(f"job {held[0]}, attempt {held[1]} went on at {match[2]}, {before} was sent")
+                        self.record.problem(
+                            f"job {held[0]}, attempt {held[1]} went on at {match[2]}, {before} was sent"
+                        )
         return went_on, bad
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from archipel.islands import keys
 from archipel.islands.claims import Claim, Holder, LostError, State, Watcher, chain, claim, read_state
-from archipel.islands.objects import Objects, encode
+from archipel.islands.objects import Entry, Objects, encode
 
 
 class Clock:
@@ -158,6 +158,30 @@ def test_the_first_commit_stays(objects: Objects) -> None:
         assert one.commit({"sha256": "1" * 64}) is True, "asked again after a lost answer, it is still ours"
     state = read_state(objects, "2")
     assert state.done and state.committed["sha256"] == "1" * 64 and state.committed["nonce"] == first.nonce
+
+
+def test_a_result_that_comes_between_the_listing_and_the_heartbeat_is_seen(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = objects.list
+
+    def late(prefix: str) -> list[Entry]:
+        monkeypatch.undo()
+        seen = listing(prefix)
+        h.commit({"sha256": "1" * 64})
+        h.__exit__(None, None, None)  # the heartbeat now says that the job is done
+        return seen
+
+    with holder(objects, take(objects)) as h:
+        monkeypatch.setattr(objects, "list", late)
+        state = read_state(objects, "2")
+    assert keys.committed("2") not in state.keys and state.done and not state.released
+
+
+def test_an_unreadable_result_is_still_the_jobs_one_result(objects: Objects) -> None:
+    objects.put(keys.committed("2"), b"not JSON")
+    state = read_state(objects, "2")
+    assert state.done and not state.released and state.committed["damaged"] == keys.committed("2")
 
 
 def test_a_reopened_job_is_free_and_commits_to_a_key_of_its_own(objects: Objects) -> None:

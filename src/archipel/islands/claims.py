@@ -106,6 +106,8 @@ def read_state(objects: Objects, name: str) -> State:
             beat = decode(objects.get(keys.heartbeat(name, fence)))
         if beat.get("nonce") != holder.get("nonce"):  # written by somebody else: it keeps nothing alive
             beat = {}
+    if not committed and beat.get("state") == DONE:  # committed since we listed: not to be trained once more
+        committed = decode(objects.get(ours))
     return State(
         name,
         fence,
