@@ -1,66 +1,46 @@
-"""Real stores on loopback for the tests of islands: a folder, S3 (moto), Azure (azurite), Google's XML API (ours)."""
+"""A small run, published: what most tests of islands start from."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from faults.servers import AzuriteServer, MotoServer, Server, TinyGcsServer
+from faults.fixtures import az_server, gs_server, no_clouds, s3_server, s3_url, store_url  # noqa: F401
 
-_NUMBER = itertools.count(1)
-_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
+from archipel import store
+from archipel.islands.bucket import Bucket
+from archipel.islands.publish import publish
+from archipel.progress import StopFlag
+from archipel.run import Run
 
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[Server]:
-    with MotoServer() as server:
-        server.make_bucket("runs")
-        yield server
-
-
-@pytest.fixture(scope="session")
-def az_server() -> Iterator[Server]:
-    with AzuriteServer() as server:
-        server.make_bucket("runs")
-        yield server
-
-
-@pytest.fixture(scope="session")
-def gs_server() -> Iterator[Server]:
-    with TinyGcsServer() as server:
-        server.make_bucket("runs")
-        yield server
+_RUNS = runpy.run_path(str(Path(__file__).parents[1] / "training" / "runs.py"))
 
 
 @pytest.fixture
-def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of whoever runs the tests names no store."""
-    import os
+def make_run() -> Callable[..., Run]:
+    """Runs with shards and codec folder, heartbeats of 2 s and leases of 6."""
 
-    for name in list(os.environ):
-        if name.startswith(_PREFIXES):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    def make(root: Path, **over: dict) -> Run:
+        run: Run = _RUNS["make_run"](root, **{"islands": {"heartbeat": 2.0, "lease": 6.0}} | over)
+        store.write_tensors(run.codec / "model.safetensors", {"mean": np.zeros(3, np.float32)})
+        store.write_card(run.codec, "codec", run.id, ["model.safetensors"])
+        return run
+
+    return make
 
 
 @pytest.fixture
-def s3_url(s3_server: Server, no_clouds: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A prefix of its own in an S3 bucket; the environment says where it is."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://runs/t{next(_NUMBER)}"
+def small_run(tmp_path: Path, make_run: Callable[..., Run]) -> Run:
+    return make_run(tmp_path / "run")
 
 
-@pytest.fixture(params=["file", "s3", "gs", pytest.param("az", marks=pytest.mark.system)])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path, no_clouds: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty place in each kind of store in turn."""
-    if request.param == "file":
-        folder = tmp_path / "store"
-        folder.mkdir()
-        return f"file://{folder}"
-    server: Server = request.getfixturevalue(f"{request.param}_server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"{request.param}://runs/t{next(_NUMBER)}"
+@pytest.fixture
+def bucket(tmp_path: Path, small_run: Run) -> Bucket:
+    """The small run in a folder's bucket."""
+    url = (tmp_path / "bucket").as_uri()
+    with StopFlag() as stop:
+        publish(small_run, url, stop)
+    return Bucket.open(url, small_run.id, patience=10)

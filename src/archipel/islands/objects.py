@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -287,6 +288,8 @@ class Objects:
 
         self._look(prefix)
         self.traffic.count("list")
+        if self.root is not None:
+            return _walk(self.root, prefix)
         entries = []
         for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
             for meta in chunk:
@@ -406,6 +409,20 @@ def _sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _walk(root: Path, prefix: str) -> Entries:
+    """The files below a prefix of a folder; links are passed over, not followed (the disk's client would, in circles)."""
+    entries = []
+    for place, _, names in os.walk(root / prefix):
+        for name in names:
+            path = Path(place, name)
+            key = path.relative_to(root).as_posix()
+            with contextlib.suppress(FileNotFoundError, ArchipelError):  # removed just now; no name of ours
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    entries.append(Entry(check_key(key), status.st_size, status.st_mtime))
+    return sorted(entries, key=lambda entry: entry.key)
 
 
 def _sync(root: Path, key: str) -> None:

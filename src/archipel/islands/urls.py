@@ -79,8 +79,8 @@ def connect(url: str, timeout: float, retries: int = 0) -> tuple[Any, str]:
         return s3, endpoint or f"https://{name}.s3.{region}.amazonaws.com"
     if scheme == "gs":
         if endpoint:  # an emulator: no account, and nobody to ask for a token
-            account = {"gcs_base_url": endpoint, "disable_oauth": True, "private_key_id": "", "private_key": ""}
-            more = {"config": {"service_account_key": json.dumps({**account, "client_email": ""})}}
+            nobody = {"gcs_base_url": endpoint, "disable_oauth": True, "private_key_id": "", "private_key": ""}
+            more = {"config": {"service_account_key": json.dumps({**nobody, "client_email": ""})}}
         gs = store.GCSStore(name, prefix=prefix, client_options=client, retry_config=retry, **more)
         return gs, endpoint or "https://storage.googleapis.com"
     more = {"config": {"endpoint": endpoint}} if endpoint else {}
