@@ -216,7 +216,7 @@ def test_temperatures_that_do_harm_are_not_kept() -> None:
         },
         "without_text": {"cross_entropy": 0.80, "uncalibrated": {"cross_entropy": 0.95}, "bins": []},
     }
-    kept = stage._first_do_no_harm(fitted, numbers)
+    kept = stage.first_do_no_harm(fitted, numbers)
     np.testing.assert_array_equal(kept.temperatures, [[1.0, 1.0], [0.5, 0.5]])
     assert numbers["with_text"]["cross_entropy"] == 0.53 and numbers["with_text"]["ece"] == 0.1
     assert numbers["without_text"]["cross_entropy"] == 0.80

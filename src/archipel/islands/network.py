@@ -1,0 +1,110 @@
+"""What a job of a run must have made, from ``run.toml`` alone: configuration, facts, tensors and amount of work.
+
+Closed forms of diffusers' ``FluxTransformer2DModel``, so that a stranger's files are held to the run's own network
+before torch is imported or anything is allocated. A test compares them with the networks that we build.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from archipel.backbones import flops
+from archipel.config import Backbone, RunConfig
+from archipel.run import MONOLITH, ROUTER
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def wanted_config(config: RunConfig, name: str) -> dict[str, Any]:
+    """``config.json`` of a job, but for the version of diffusers that wrote it."""
+    latent, text = flops.latent_shape(config), flops.text_shape(config)
+    part: Backbone = config.router if name == ROUTER else config.expert
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": latent[0],
+        "out_channels": config.partition.k if name == ROUTER else None,
+        "num_layers": 0 if name == ROUTER else config.expert.double_blocks,
+        "num_single_layers": config.router.blocks if name == ROUTER else config.expert.single_blocks,
+        "attention_head_dim": part.width // part.heads,
+        "num_attention_heads": part.heads,
+        "joint_attention_dim": text[1],
+        "pooled_projection_dim": text[2],
+        "guidance_embeds": False,
+        "axes_dims_rope": list(part.rope_axes),
+    }
+
+
+def wanted_facts(config: RunConfig, name: str) -> dict[str, Any]:
+    """``network`` of a job's card."""
+    shapes = {"latent_shape": list(flops.latent_shape(config)), "text_shape": list(flops.text_shape(config))}
+    if name == ROUTER:
+        return {"role": "router", "experts": config.partition.k, **shapes}
+    return {"role": "expert", "prediction": config.expert.prediction, **shapes}
+
+
+def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
+    """Numbers of a job's card that ``run.toml`` decides: cluster, steps, batch, samples, FLOPs, parameters."""
+    part: Backbone = config.router if name == ROUTER else config.expert
+    steps, batch = part.steps, part.batch
+    if name == MONOLITH:
+        steps, batch = config.monolith.steps, config.monolith.batch
+    forward = flops.router_forward_flops(config) if name == ROUTER else flops.expert_forward_flops(config)
+    return {
+        "cluster": int(name) if name.isdigit() else None,
+        "steps": steps,
+        "batch": batch,
+        "samples": steps * batch,
+        "forward_flops": forward,
+        "flops": flops.training_flops(forward, steps, batch),
+        "parameters": sum(math.prod(shape) for shape in wanted_tensors(config, name).values()),
+    }
+
+
+def wanted_tensors(config: RunConfig, name: str) -> Shapes:
+    """Name and shape of every tensor of a job's ``model.safetensors``, as diffusers names them."""
+    about = wanted_config(config, name)
+    head: int = about["attention_head_dim"]
+    D = head * int(about["num_attention_heads"])
+    M, channels = flops.MLP_RATIO * D, int(about["in_channels"])
+    shapes: Shapes = {}
+    _linear(shapes, "time_text_embed.timestep_embedder.linear_1", flops.TIME_CHANNELS, D)
+    _linear(shapes, "time_text_embed.timestep_embedder.linear_2", D, D)
+    _linear(shapes, "time_text_embed.text_embedder.linear_1", about["pooled_projection_dim"], D)
+    _linear(shapes, "time_text_embed.text_embedder.linear_2", D, D)
+    _linear(shapes, "context_embedder", about["joint_attention_dim"], D)
+    _linear(shapes, "x_embedder", channels, D)
+    for number in range(about["num_layers"]):
+        _double_block(shapes, f"transformer_blocks.{number}", D, M, head)
+    for number in range(about["num_single_layers"]):
+        _single_block(shapes, f"single_transformer_blocks.{number}", D, M, head)
+    _linear(shapes, "norm_out.linear", D, 2 * D)
+    _linear(shapes, "proj_out", D, about["out_channels"] or channels)
+    return shapes
+
+
+def _linear(shapes: Shapes, name: str, inputs: int, outputs: int) -> None:
+    shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+
+def _double_block(shapes: Shapes, block: str, D: int, M: int, head: int) -> None:
+    for norm in ("norm1", "norm1_context"):
+        _linear(shapes, f"{block}.{norm}.linear", D, 6 * D)
+    for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        shapes[f"{block}.attn.{norm}.weight"] = (head,)
+    for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+        _linear(shapes, f"{block}.attn.{part}", D, D)
+    for stream in ("ff", "ff_context"):
+        _linear(shapes, f"{block}.{stream}.net.0.proj", D, M)
+        _linear(shapes, f"{block}.{stream}.net.2", M, D)
+
+
+def _single_block(shapes: Shapes, block: str, D: int, M: int, head: int) -> None:
+    _linear(shapes, f"{block}.norm.linear", D, 3 * D)
+    _linear(shapes, f"{block}.proj_mlp", D, M)
+    _linear(shapes, f"{block}.proj_out", D + M, D)
+    for norm in ("norm_q", "norm_k"):
+        shapes[f"{block}.attn.{norm}.weight"] = (head,)
+    for part in ("to_q", "to_k", "to_v"):
+        _linear(shapes, f"{block}.attn.{part}", D, D)
