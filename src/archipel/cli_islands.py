@@ -169,17 +169,20 @@ def print_status(url: str, run_id: str | None, as_json: bool, watch: bool) -> No
 
 
 def _status_table(found: dict[str, Any]) -> Any:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from archipel.progress import seconds_text
 
-    table = Table(title=f"run {found['run'][:12]} in {escape(found['url'])}", title_justify="left")
-    for head in ("job", "state", "held by", "attempt", "step", "loss", "steps/s", "left", "last seen"):
-        table.add_column(head, justify="right" if head in ("attempt", "step", "loss", "steps/s", "left") else "left")
+    title = f"run {found['run'][:12]} in {escape(found['url'])}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    right = ("attempt", "step", "loss", "steps/s", "left", "seen")
+    for head in ("job", "state", "held by", *right):
+        table.add_column(head, justify="right" if head in right else "left", no_wrap=True)
     for job in found["jobs"]:
         state = "admitted" if job["state"] == "done" and job["admitted"] else job["state"]
-        seen = job["last_seen_s"]
+        seen, at_work = job["last_seen_s"], job["state"] == "claimed"
         table.add_row(
             job["name"],
             state,
@@ -187,7 +190,7 @@ def _status_table(found: dict[str, Any]) -> Any:
             str(job["fence"] or ""),
             f"{job['step']}/{job['steps']}",
             "" if job["loss"] is None else f"{job['loss']:.4f}",
-            "" if job["steps_per_s"] is None or job["state"] != "claimed" else f"{job['steps_per_s']:.2f}",
+            f"{job['steps_per_s']:.2f}" if at_work and job["steps_per_s"] is not None else "",
             "" if job["left_s"] is None else seconds_text(job["left_s"]),
             "" if seen is None else f"{seconds_text(seen)} ago",
         )

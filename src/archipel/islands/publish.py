@@ -91,6 +91,8 @@ def _send(objects: Objects, run: Run, files: dict[str, Path], listing: dict[str,
         for key in files
         if key != keys.RUN and not (sent.get(key) == listing[key]["sha256"] and there.get(key) == listing[key]["bytes"])
     ]
+    if not todo:
+        return
     total = sum(listing[key]["bytes"] for key in todo)
     with Progress("publish (kB)", total // 1000) as bar:
         for key in todo:
