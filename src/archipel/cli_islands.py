@@ -176,8 +176,8 @@ def _status_table(found: dict[str, Any]) -> Any:
     from archipel.progress import seconds_text
 
     title = f"run {found['run'][:12]} in {escape(found['url'])}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    right = ("attempt", "step", "loss", "steps/s", "left", "seen")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    right = ("try", "step", "loss", "steps/s", "left", "seen ago")
     for head in ("job", "state", "held by", *right):
         table.add_column(head, justify="right" if head in right else "left", no_wrap=True)
     for job in found["jobs"]:
@@ -192,7 +192,7 @@ def _status_table(found: dict[str, Any]) -> Any:
             "" if job["loss"] is None else f"{job['loss']:.4f}",
             f"{job['steps_per_s']:.2f}" if at_work and job["steps_per_s"] is not None else "",
             "" if job["left_s"] is None else seconds_text(job["left_s"]),
-            "" if seen is None else f"{seconds_text(seen)} ago",
+            "" if seen is None else seconds_text(seen),
         )
     return table
 
