@@ -208,7 +208,7 @@ def check_loss(folder: Path, card: Card, job: Job, held: Held, trust: Loss) -> s
         found = expert.measure(job.config, folder, held.validation)
     told = f"held-out loss {found.loss:.4f} on {found.clips} clips"
     for ratio, bar, times in ((found.ratio, bars[0], "the noisier times"), (found.overall, bars[1], "all times")):
-        if trust.required and not ratio <= bar:  # NaN is refused too
+        if not ratio <= bar:  # NaN is refused too
             raise Refusal("loss", f"{told}: {ratio:.3f} of that of {what} at {times}, the bar is {bar:g}")
     if card.claimed is None or not abs(card.claimed - found.loss) <= trust.tolerance * max(found.loss, 1e-6):
         raise Refusal("loss", f"{told}, but the card claims {card.claimed}: not the weights that were validated")

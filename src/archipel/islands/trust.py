@@ -87,9 +87,6 @@ class Loss(_Part):
     tolerance: float = Field(
         0.02, gt=0, le=1, description="How far the loss that the card claims may be from the measured one, relatively."
     )
-    required: bool = Field(
-        True, description="Whether an expert must be measured at all; false admits by the other rules alone."
-    )
 
 
 class Trust(_Part):
