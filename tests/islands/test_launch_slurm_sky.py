@@ -77,6 +77,7 @@ def test_what_slurm_is_asked() -> None:
         {"partition": "p", "time": "61s", "signal": "90s", "gpus": 1, "mem": "8G", "options": {"reservation": "r"}}
     )
     asked = slurm.parameters(site, "name", 2)
+    assert asked["wckey"] is None
     assert asked["time"] == 2  # whole minutes, never less than asked for
     assert asked["additional_parameters"] == {"signal": "B:USR2@90", "requeue": True, "reservation": "r"}
     assert (asked["partition"], asked["gpus_per_node"], asked["mem"]) == ("p", 1, "8G")
@@ -104,20 +105,29 @@ def batch(tmp_path: Path, command: list[str]) -> subprocess.Popen[str]:
     (folder / "scontrol").chmod(0o755)
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     text = slurm.script(command)
-    return subprocess.Popen(["bash", "-c", text], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", "-c", text],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.parametrize(
-    ("number", "asked"), [(signal.SIGUSR2, "requeue 17\n"), (signal.SIGTERM, None)], ids=["limit", "cancelled"]
+    ("number", "tell", "asked"),
+    [(signal.SIGUSR2, os.kill, "requeue 17\n"), (signal.SIGTERM, os.killpg, None)],
+    ids=["limit", "cancelled"],
 )
 def test_only_a_job_that_is_out_of_time_goes_back_to_the_queue(
-    tmp_path: Path, number: signal.Signals, asked: str | None
+    tmp_path: Path, number: signal.Signals, tell: Callable[[int, int], None], asked: str | None
 ) -> None:
+    """Slurm sends SIGUSR2 to the batch file's shell only, SIGTERM to all of a job's processes."""
     shell = batch(tmp_path, [sys.executable, "-S", "-c", JOB])
     assert shell.stdout is not None
     assert shell.stdout.readline() == "up\n"
-    shell.send_signal(number)
-    shell.send_signal(number)  # Slurm may tell it twice
+    tell(shell.pid, number)
     assert shell.wait(30) == 130
     note = tmp_path / "asked"
     assert (note.read_text() if note.exists() else None) == asked

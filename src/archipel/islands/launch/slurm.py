@@ -40,13 +40,14 @@ from archipel.spread import Spread
 _NEEDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 _PATIENCE = 60.0  # seconds for one call of Slurm's commands, and for cancelled jobs to save and go
 
-# The command runs beside the batch file's shell, which waits for it and passes signals on: a shell handles a signal
-# only when its foreground command has ended. A signal ends wait early, with a code of its own, so it is asked again
-# until the command is gone, and then once more for what the command said.
+# The command runs beside the batch file's shell, which waits for it: a shell handles a signal only when its foreground
+# command has ended. SIGUSR2 comes to the shell alone; SIGTERM comes to all processes of a job, so the shell only has to
+# outlive it. A signal ends wait early, with a code of its own, so it is asked again until the command is gone, and then
+# once more for what the command said.
 _SCRIPT = """\
 again=
 trap 'again=1; kill -TERM "$child" 2>/dev/null' USR2
-trap 'kill -TERM "$child" 2>/dev/null' TERM
+trap : TERM
 {command} &
 child=$!
 while wait "$child"; kill -0 "$child" 2>/dev/null; do :; done
@@ -74,6 +75,7 @@ def parameters(site: SlurmSite, job_name: str, threads: int | None) -> dict[str,
         "time": minutes(site.time),
         "nodes": 1,
         "use_srun": False,
+        "wckey": None,  # else submitit's own name, which a site with such keys refuses
         "setup": [*(f"export {key}={shlex.quote(value)}" for key, value in _environment(threads).items()), *site.setup],
         "additional_parameters": more,
     }
