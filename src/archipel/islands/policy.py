@@ -27,16 +27,16 @@ What Google Cloud Storage cannot express, and what follows:
   heartbeat.json and checkpoints must be rewritten, so delete is given below the job's attempts, the results among them, but
   for the claims and committed*.json: an island could replace its own uncommitted result. The commit holds the card's
   sha256, so a replaced result is refused, never loaded.
-- Conditions see an object's full name and match by beginning, end or matches() (RE2) only; listing is not restricted to a
-  prefix by an object condition: the second binding gives storage.objects.list where the condition can read the prefix
-  that was asked for (storage.googleapis.com/objectListPrefix).
+- Conditions match the beginning or end of an object's name: everything below an attempt may be rewritten alike. Listing is no
+  access to an object: its binding looks at the prefix asked for (storage.googleapis.com/objectListPrefix).
 - Turn on uniform bucket-level access (conditions need it) and object versioning or a soft-delete window, so that the owner
   can bring back what a hostile island replaced."""
 _S3_NOTES = """\
-Enforcement of "create only" is the condition key s3:if-none-match: a PutObject without the header If-None-Match: * is not
-allowed for claims, results' commits and the probe. Multipart completions carry the same header; ours are one request. Versioning
-on the bucket lets the owner bring back what an island replaced among its own heartbeats, checkpoints and results.
-An island whose key ends up elsewhere can fill its own job's prefix: set a budget alarm; S3 has no quota per key."""
+"Create only" is enforced by the condition key s3:if-none-match: a PutObject without the header If-None-Match: * is not
+allowed for claims, commits and the probe ("Null": "true" means that the header is absent; S3 takes no value but *). Parts
+of multipart uploads carry no such header and are refused there; ours are one request.
+Versioning on the bucket lets the owner bring back what an island replaced among its own heartbeats, checkpoints and results.
+An island whose key falls into other hands can fill its own job's prefix: set a budget alarm, S3 has no quota per key."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def rights(name: str) -> Rights:
     job, shard = keys.job(name), keys.shard("all" if name in (MONOLITH, ROUTER) else name)
     return Rights(
         read=(keys.RUN, keys.PUBLISHED, f"{shard}/*", f"{job}/*", PROBE),
-        list=(job, f"{job}/*"),
+        list=(f"{job}/*",),
         create=(f"{job}/claims/*.json", f"{job}/committed*.json", PROBE),
         # Attempts are eight digits: a pattern that cannot match claims, committed*.json or reopened/.
         write=tuple(f"{job}/{'?' * 8}/{part}" for part in ("heartbeat.json", "checkpoints/*", "result/*")),
@@ -135,7 +135,7 @@ def s3_policy(bucket: str, prefix: str, name: str) -> dict[str, Any]:
                 "Effect": "Allow",
                 "Action": ["s3:PutObject"],
                 "Resource": places(need.create),
-                "Condition": {"StringEquals": {"s3:if-none-match": "*"}},
+                "Condition": {"Null": {"s3:if-none-match": "false"}},
             },
             {
                 "Sid": "WriteOwnAttempts",
@@ -148,7 +148,7 @@ def s3_policy(bucket: str, prefix: str, name: str) -> dict[str, Any]:
                 "Effect": "Deny",
                 "Action": ["s3:PutObject"],
                 "Resource": places(need.create),
-                "Condition": {"StringNotEquals": {"s3:if-none-match": "*"}},
+                "Condition": {"Null": {"s3:if-none-match": "true"}},
             },
             {
                 "Sid": "NeverDelete",
@@ -166,19 +166,20 @@ def gcs_policy(bucket: str, prefix: str, name: str) -> dict[str, Any]:
     at = f"projects/_/buckets/{bucket}/objects/{prefix}"
 
     def where(patterns: tuple[str, ...]) -> str:
-        return " || ".join(f"resource.name.matches('{_re2(at, pattern)}')" for pattern in patterns)
+        return " || ".join(dict.fromkeys(_begins(at, pattern) for pattern in patterns))
 
     listing = "api.getAttribute('storage.googleapis.com/objectListPrefix', '')"
-    lists = " || ".join(f"{listing}.startsWith('{prefix}{pattern}')" for pattern in need.list if "*" not in pattern)
+    lists = " || ".join(f"{listing}.startsWith('{prefix}{pattern.removesuffix('*')}')" for pattern in need.list)
+    parts = [f"storage.multipartUploads.{verb}" for verb in ("create", "abort", "listParts")]
     roles = {
         "archipelRead": ["storage.objects.get"],
         "archipelList": ["storage.objects.list"],
         "archipelCreate": ["storage.objects.create"],
-        "archipelRewrite": ["storage.objects.create", "storage.objects.delete"],
+        "archipelRewrite": ["storage.objects.create", "storage.objects.delete", *parts],
     }
     conditions = {
         "archipelRead": where(need.read),
-        "archipelList": f"{lists}",
+        "archipelList": lists,
         "archipelCreate": where(need.create),
         "archipelRewrite": where(need.write),
     }
@@ -198,7 +199,10 @@ def gcs_policy(bucket: str, prefix: str, name: str) -> dict[str, Any]:
     }
 
 
-def _re2(at: str, pattern: str) -> str:
-    """A pattern as an RE2 expression over a whole resource name, for a CEL string in single quotes."""
-    escaped = re.sub(r"([.()])", r"[\1]", at + pattern)
-    return "^" + escaped.replace("*", ".*").replace("?", ".") + "$"
+def _begins(at: str, pattern: str) -> str:
+    """A pattern as a CEL expression over an object's name. Names of attempts are cut to the 0 that they begin with: a
+    fence of ten million would be needed for another, and claims, commits and reopenings begin with letters."""
+    wild = min((n for n in (pattern.find("*"), pattern.find("?")) if n >= 0), default=-1)
+    if wild < 0:
+        return f"resource.name == '{at}{pattern}'"
+    return f"resource.name.startsWith('{at}{pattern[:wild]}{'0' if pattern[wild] == '?' else ''}')"
