@@ -81,12 +81,19 @@ def join(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads (default: what a job began with, else all cores).")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    micro_batch: Annotated[
+        int, typer.Option(min=0, help="Clips computed at once; the batch of run.toml is made up of so many (0: all).")
+    ] = 0,
+    gpus: Annotated[int, typer.Option(min=1, help="Train each job on so many GPUs of this machine.")] = 1,
 ) -> None:
     """Make this machine an island: take free jobs of a published run until none is left."""
     from archipel.islands.bucket import Bucket
     from archipel.islands.worker import Options
     from archipel.islands.worker import join as work_on
     from archipel.progress import StopFlag
+    from archipel.training.local import Local
 
     stop_with_parent()
     options = Options(
@@ -96,7 +103,7 @@ def join(
         name=name,
         work=work,
         sign=_signer(key),
-        settings={"threads": threads},
+        local=Local(device=device, precision=precision, micro_batch=micro_batch, threads=threads, gpus=gpus),
     )
     with StopFlag() as stop:
         bucket = Bucket.open(url, run_id)

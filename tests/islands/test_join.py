@@ -25,14 +25,15 @@ from archipel.islands.status import status
 from archipel.islands.worker import Options, join
 from archipel.progress import StopFlag
 from archipel.run import Run
+from archipel.training.local import Local
 
-ONE = {"threads": 1}
+ONE = Local(threads=1)
 SHARD = ("card.json", "train.safetensors", "validation.safetensors")
 
 
 def work(bucket: Bucket, place: Path, **options: Any) -> list[str]:
     with StopFlag() as stop:
-        return join(bucket, Options(work=place, settings=ONE, **options), stop)
+        return join(bucket, Options(work=place, local=ONE, **options), stop)
 
 
 def result(bucket: Bucket, name: str) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def result(bucket: Bucket, name: str) -> dict[str, Any]:
 def undisturbed(run: Run, place: Path, name: str) -> str:
     """The weights' sha256 of plain training of a copy of the run."""
     shutil.copytree(run.root, place)
-    worker._train(Run.open(place), name, **ONE)
+    worker._train(Run.open(place), name, local=ONE)
     return str(store.read_json(Run.open(place).expert(name) / "card.json")["sha256"])
 
 
@@ -192,7 +193,7 @@ def stop_midway(
         stopping = Stopping(patch, after)
         stopping.flag = stop
         with pytest.raises(Stopped):
-            join(bucket, Options(work=place, only=(name,), settings=ONE), stop)
+            join(bucket, Options(work=place, only=(name,), local=ONE), stop)
 
 
 def test_another_island_goes_on_from_the_last_checkpoint(
@@ -268,7 +269,7 @@ def test_a_woken_island_that_lost_its_job_says_so_and_commits_nothing(
     monkeypatch.setattr(worker, "_train", train)
     with StopFlag() as stop:
         stop.limit(60)
-        assert join(bucket, Options(work=tmp_path / "work", only=("0",), settings=ONE), stop) == ["0"]
+        assert join(bucket, Options(work=tmp_path / "work", only=("0",), local=ONE), stop) == ["0"]
     assert "job 0, fence 1: it was claimed again (fence 2); this attempt commits nothing" in capsys.readouterr().err
     state = bucket.state("0")
     assert state.committed["fence"] == 3, "the successor never moved: after a lease the job was taken back"
@@ -299,10 +300,10 @@ def test_two_islands_share_a_machine_but_not_a_folder(tmp_path: Path, bucket: Bu
     ):
         work(bucket, tmp_path / "work")
     with StopFlag() as stop:
-        join(bucket, Options(only=("0",), settings=ONE), stop)
+        join(bucket, Options(only=("0",), local=ONE), stop)
     places = Path(os.environ["ARCHIPEL_CACHE"]) / "islands" / bucket.id[:16]
     with store.lock(places / "0" / ".locks" / "island.lock", "it"), StopFlag() as stop:
-        join(bucket, Options(only=("1",), settings=ONE), stop)
+        join(bucket, Options(only=("1",), local=ONE), stop)
     assert {path.name for path in places.iterdir()} == {"0", "1"}
 
 

@@ -26,6 +26,7 @@ from archipel.islands.objects import AwayError, Objects
 from archipel.islands.outbox import Outbox
 from archipel.progress import StopFlag, log_to
 from archipel.run import ROUTER, Run
+from archipel.training.local import Local
 
 logger = logging.getLogger("archipel")
 EVIDENCE = (
@@ -39,7 +40,7 @@ Sign = Callable[[bytes], Mapping[str, Any]]
 @dataclass(frozen=True)
 class Options:
     """How this island works. ``only``: these jobs and no others; ``jobs``: end after so many; ``seconds``: --for;
-    ``work``: its folder; ``sign``: signs what it commits; ``settings``: keyword arguments of the training functions."""
+    ``work``: its folder; ``sign``: signs what it commits; ``local``: how it computes."""
 
     only: tuple[str, ...] = ()
     seconds: float | None = None
@@ -47,7 +48,7 @@ class Options:
     name: str = ""
     work: Path | None = None
     sign: Sign | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    local: Local = field(default_factory=Local)
 
 
 class _Attempt(StopFlag):
@@ -235,7 +236,7 @@ def _carry_out(
                     stop=flag,
                     on_checkpoint=outbox.add,
                     facts=lambda: _facts(island, held, objects, beats),
-                    **island.options.settings,
+                    local=island.options.local,
                 )
                 break
             except Stopped:
