@@ -193,7 +193,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 def sealed(value: Mapping[str, Any]) -> bool:
     """Whether a parsed JSON object is as it was written: sealed and whole, or an older one that has no seal."""
-    last = next(reversed(value), "")  # a seal is the last entry, also where a flipped bit has changed its name
+    last = next(reversed(list(value)), "")  # a seal is the last entry, also where a flipped bit has changed its name
     whole = value.get(last) == sha256_json({key: part for key, part in value.items() if key != last})
     return whole and last == CHECK if CHECK in value else not whole
 
