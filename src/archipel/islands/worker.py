@@ -246,7 +246,8 @@ def _carry_out(
             except ArchipelError as error:
                 if resumed is None or "is of another model" not in str(error):
                     raise
-                logger.warning("job %s: the checkpoint of attempt %d is passed over: %s", name, resumed[1], error)
+                say(f"job {name}: checkpoint {resumed[0]} of attempt {resumed[1]} is passed over: {error}")
+                logger.warning("job %s: checkpoint %d of attempt %d is passed over: %s", name, *resumed, error)
                 refused.add(resumed)
                 shutil.rmtree(run.expert(name), ignore_errors=True)
                 home.own_folder(run, held)
