@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from faults.servers import AzuriteServer, MotoServer, Server, TinyGcsServer
 
 _NUMBER = itertools.count(1)

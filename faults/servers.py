@@ -53,6 +53,8 @@ class Server:
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        if getattr(self, "checks_keys_after", None) is not None:
+            environment["INITIAL_NO_AUTH_ACTION_COUNT"] = str(self.checks_keys_after)
         self._process = subprocess.Popen(
             self.command(),
             stdout=self._log,
@@ -105,13 +107,17 @@ class Server:
 
 
 class MotoServer(Server):
-    """S3. ``how``: "atomic", or moto "as it comes", or that with threads switched "hurried": see `faults.raw`."""
+    """S3. ``how``: "atomic", or moto "as it comes", or that with threads switched "hurried": see `faults.raw`.
+
+    ``checks_keys_after``: so many requests are let through; after that access keys must be those of an IAM user that moto
+    knows, and its policies decide. None: any key does.
+    """
 
     scheme = "s3"
 
-    def __init__(self, host: str = "127.0.0.1", how: str = "atomic") -> None:
+    def __init__(self, host: str = "127.0.0.1", how: str = "atomic", checks_keys_after: int | None = None) -> None:
         super().__init__(host)
-        self.how = how
+        self.how, self.checks_keys_after = how, checks_keys_after
         self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "test",

@@ -61,7 +61,8 @@ def _by_status(text: str, status: int | None) -> str:
     if status is None:
         # obstore's own words where a file on disk, or a whole answer, ends before the range begins
         beyond = "Requested range was invalid" in text or "range started at" in text or "Out of range" in text
-        if "missing from response" in text:  # an answer without the headers of this protocol
+        # an answer without the headers of this protocol; a bucket of another region
+        if "missing from response" in text or "redirect without LOCATION" in text:
             return FINAL
         return SHORT if beyond else AGAIN
     if status == 416:
