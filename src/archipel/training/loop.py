@@ -25,7 +25,7 @@ from archipel.training.checkpoint import Checkpoint
 from archipel.training.ema import Ema, decay
 from archipel.training.journal import Journal, read_progress
 from archipel.training.local import Local
-from archipel.training.precision import FLOAT32, autocast, keep_float32
+from archipel.training.precision import FLOAT32, autocast, keep_float32, norms_in_input_dtype
 from archipel.training.ranks import ALONE, Ranks
 
 CHECKPOINTS = "checkpoints"
@@ -123,6 +123,7 @@ class Trainer:
         ranks.shard(objective.model, local.precision)
         if local.precision != FLOAT32 and isinstance(objective.model, Backbone):
             keep_float32(objective.model.ends())
+            norms_in_input_dtype(objective.model)
         self._cast = autocast(local.precision, next(objective.model.parameters()).device.type)
         self.named = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
@@ -322,7 +323,9 @@ def _run(
         arrays = trainer.arrays()
 
         def write() -> None:
-            made = checkpoint.save(folder, trainer.step, arrays, {**facts(), "run": run_id, "name": journal.label, **own})
+            made = checkpoint.save(
+                folder, trainer.step, arrays, {**facts(), "run": run_id, "name": journal.label, **own}
+            )
             if on_checkpoint is not None:
                 on_checkpoint(made)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from archipel.training.local import PRECISIONS
 
@@ -30,6 +31,19 @@ def keep_float32(modules: list[nn.Module]) -> None:
     """Let modules compute in float32 inside an autocast block; their parameters must be float32."""
     for module in modules:
         module.forward = functools.partial(_in_float32, module.forward)
+
+
+def norms_in_input_dtype(model: nn.Module) -> None:
+    """Let RMSNorms of queries and keys take their input's dtype, bfloat16 under autocast: torch has no fused kernel for
+    an input and a weight of two dtypes."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = functools.partial(_rms_norm, module)  # type: ignore[method-assign]
+
+
+def _rms_norm(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    scale = None if module.weight is None else module.weight.to(x.dtype)
+    return F.rms_norm(x, module.normalized_shape, scale, module.eps)
 
 
 def _in_float32(forward: Callable[..., Any], *inputs: torch.Tensor) -> Any:

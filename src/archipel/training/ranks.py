@@ -207,7 +207,10 @@ class Team(Ranks):
         return answer
 
     def stopped(self, stop: StopFlag | None, asked: int, what: str) -> Stopped:
-        error = stop.error(what) if stop else Stopped(f"{what} was stopped; everything is kept, start it again")
+        why = "interrupted" if asked == _SIGNAL else "stopped"
+        error = (
+            stop.error(what) if stop else Stopped(f"{what} was {why}; everything is kept, start it again to continue")
+        )
         error.interrupted = asked == _SIGNAL
         error.told = not self.first or LAUNCHED in os.environ
         return error
@@ -247,13 +250,16 @@ def own_device(device: str, size: int) -> str:
     if size == 1 or not device.startswith("cuda"):
         return device
     here, place = int(os.environ.get("LOCAL_WORLD_SIZE", size)), int(os.environ["LOCAL_RANK"])
+    count, wrong = torch.cuda.device_count(), None
     if device != "cuda":
-        raise ArchipelError(f"--device {device} is one GPU and there are {size} processes: use --device cuda")
-    if torch.cuda.device_count() < here:
-        raise ArchipelError(
-            f"this machine has {torch.cuda.device_count()} GPUs for {here} processes: start as many processes as GPUs, "
-            "or use --device cpu"
+        wrong = ArchipelError(f"--device {device} is one GPU and there are {size} processes: use --device cuda")
+    elif count < here:
+        wrong = ArchipelError(
+            f"this machine has {count} GPUs for {here} processes: start as many processes as GPUs, or use --device cpu"
         )
+    if wrong is not None:
+        wrong.told = place > 0  # all find it, one says it
+        raise wrong
     torch.cuda.set_device(place)
     return f"cuda:{place}"
 
