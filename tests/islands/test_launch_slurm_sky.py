@@ -17,7 +17,7 @@ from archipel.errors import ArchipelError, ConfigError, DamagedError, Stopped
 from archipel.islands import claims, keys
 from archipel.islands import site as sites
 from archipel.islands.launch import engine, sky, slurm
-from archipel.islands.objects import Objects
+from archipel.islands.objects import AwayError, Objects
 from archipel.progress import StopFlag
 from archipel.run import Run
 
@@ -267,6 +267,26 @@ def test_while_slurm_does_not_answer_nothing_is_submitted_twice(
     assert queue.submitted == []
 
 
+def test_while_the_store_does_not_answer_jobs_are_left_alone(
+    run: Run, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, queue = launcher(run, monkeypatch, lambda *_: "runs")
+    calls = []
+
+    def read(objects: Objects, name: str) -> claims.State:
+        calls.append(name)
+        if 3 <= len(calls) < 6:
+            raise AwayError("the store is away")
+        if len(calls) == 6:
+            commit(objects, "0")
+        return claims.read_state(objects, name)
+
+    monkeypatch.setattr(slurm, "read_state", read)
+    made.train(["0"], StopFlag())
+    assert queue.submitted == ["0"]
+    assert queue.cancelled == []
+
+
 def test_a_stop_cancels_what_is_in_the_queue(run: Run, objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopFlag()
 
@@ -386,6 +406,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_skypilot_itself_reads_the_task_files_in_silence(run: Run, tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-sky" / "bin" / "python"
     if not python.exists():

@@ -185,6 +185,7 @@ def test_a_run_in_slurm_is_requeued_at_its_limit_and_ends_as_it_would_here(tmp_p
         _, said = second.communicate(timeout=500)
     assert second.returncode == 0, said
     assert (run.report / "index.html").exists()
+    do("verify", run.root)
     for name in run.job_names:
         ours, theirs = (one.expert(name) / "model.safetensors" for one in (here, run))
         assert store.sha256_file(ours) == store.sha256_file(theirs), f"{name} has other weights"

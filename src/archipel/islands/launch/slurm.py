@@ -31,7 +31,7 @@ from archipel.islands import site as sites
 from archipel.islands.claims import State, read_state
 from archipel.islands.launch import engine
 from archipel.islands.launch.local import in_order
-from archipel.islands.objects import Objects
+from archipel.islands.objects import AwayError, Objects
 from archipel.islands.site import SlurmSite
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
@@ -218,7 +218,8 @@ class SlurmEngine:
         when asked to stop, after cancelling what is in the queue (each saves a checkpoint first).
         """
         engine.publish(self.run, self.store)
-        objects = Objects.open(self.store)
+        objects = Objects.open(self.store, patience=_PATIENCE)
+        objects.give_up = lambda: bool(stop)
         self._watch(objects, in_order(self.run, names), stop)
         engine.collect(self.run, self.store)
 
@@ -235,7 +236,11 @@ class SlurmEngine:
             try:
                 while not all(state.done for state in states.values()):
                     found = self.queue.look()  # before the store: who is gone from the queue has written by then
-                    states = {name: read_state(objects, name) for name in names}
+                    try:
+                        states = {name: read_state(objects, name) for name in names}
+                    except AwayError:  # for its own patience: the jobs have theirs, and nothing is decided blindly
+                        bar.update(bar.done, "the store does not answer")
+                        continue
                     if found is not None:
                         self._tend(jobs, states, found)
                     bar.update(self._done(states), _note(states, found))
