@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from archipel.islands.objects import Objects
 from faults.servers import MotoServer
 
 ROOT = Path(__file__).parents[1]
@@ -44,12 +46,6 @@ class Record:
     def problem(self, text: str) -> None:
         self.problems.append(text)
 
-    @contextlib.contextmanager
-    def surroundings(self, more: dict[str, str]) -> Iterator[None]:
-        """For as long as the block runs, this process has a store's environment."""
-        with surroundings(more):
-            yield
-
     def __enter__(self) -> Record:
         self._began = time.monotonic()
         return self
@@ -72,21 +68,6 @@ class Record:
         }
 
 
-@contextlib.contextmanager
-def surroundings(more: dict[str, str]) -> Iterator[None]:
-    """This process's environment with ``more`` on top, for as long as the block runs."""
-    before = {name: os.environ.get(name) for name in more}
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 @dataclass(frozen=True)
 class Store:
     """A store to make faults on. ``folder``: where its objects lie, for a local one; ``endpoint``: "" for a local one."""
@@ -97,6 +78,24 @@ class Store:
     endpoint: str = ""
     bucket: str = ""
     folder: Path | None = None
+
+
+_opening = threading.Lock()
+
+
+def open_store(where: Store, patience: float = 30.0) -> Objects:
+    """A connection to a store from this process, whose environment is another's for just that moment."""
+    with _opening:
+        before = {name: os.environ.get(name) for name in where.environment}
+        os.environ.update(where.environment)
+        try:
+            return Objects.open(where.url, patience=patience)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 @contextlib.contextmanager

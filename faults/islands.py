@@ -19,8 +19,7 @@ from archipel import store
 from archipel.islands import keys
 from archipel.islands.bucket import Bucket
 from archipel.islands.claims import decode
-from archipel.islands.objects import Objects
-from faults.common import Record, Store, environment, surroundings
+from faults.common import Record, Store, environment, open_store
 
 ARCHIPEL = [sys.executable, "-m", "archipel.cli"]
 
@@ -159,27 +158,26 @@ def kill_all(processes: list[Process]) -> None:
 
 
 def opened(where: Store) -> Bucket:
-    """The bucket of a published run, for looking at it; the environment must be the store's (``surroundings``)."""
-    return Bucket.open(where.url, patience=30)
+    """The bucket of a published run, for looking at it."""
+    return Bucket.read(open_store(where))
 
 
 def weights(where: Store) -> dict[str, str]:
     """Job -> sha256 of the weights it committed, as its card says and as the bytes are: both, or a ValueError."""
     found = {}
-    with surroundings(where.environment):
-        bucket = opened(where)
-        for name in bucket.jobs:
-            state = bucket.state(name)
-            if not state.done:
-                raise ValueError(f"job {name} is not done")
-            key = str(state.committed["key"])
-            card_bytes = bucket.objects.get(f"{key}/{keys.CARD}") or b""
-            if store.sha256_bytes(card_bytes) != state.committed["sha256"]:
-                raise ValueError(f"{key}/card.json is not what was committed")
-            model = bucket.objects.get(f"{key}/model.safetensors", 1 << 30) or b""
-            if store.sha256_bytes(model) != decode(card_bytes)["files"]["model.safetensors"]["sha256"]:
-                raise ValueError(f"{key}/model.safetensors is not what its card says")
-            found[name] = store.sha256_bytes(model)
+    bucket = opened(where)
+    for name in bucket.jobs:
+        state = bucket.state(name)
+        if not state.done:
+            raise ValueError(f"job {name} is not done")
+        key = str(state.committed["key"])
+        card_bytes = bucket.objects.get(f"{key}/{keys.CARD}") or b""
+        if store.sha256_bytes(card_bytes) != state.committed["sha256"]:
+            raise ValueError(f"{key}/card.json is not what was committed")
+        model = bucket.objects.get(f"{key}/model.safetensors", 1 << 30) or b""
+        if store.sha256_bytes(model) != decode(card_bytes)["files"]["model.safetensors"]["sha256"]:
+            raise ValueError(f"{key}/model.safetensors is not what its card says")
+        found[name] = store.sha256_bytes(model)
     return found
 
 
@@ -195,9 +193,7 @@ def check(record: Record, zygote: Zygote, where: Store, wanted: dict[str, str], 
                 )
     except Exception as error:
         record.problem(f"{case}: {type(error).__name__}: {error}")
-    with surroundings(where.environment):
-        objects = Objects.open(where.url, patience=30)
-        listed = [entry.key for entry in objects.list("jobs")]
+    listed = [entry.key for entry in open_store(where).list("jobs")]
     for name in wanted:
         results = [key for key in listed if key.startswith(f"jobs/{name}/committed")]
         if len(results) != 1:
@@ -226,3 +222,16 @@ def refusals(record: Record, text: str) -> None:
             kind = re.sub(r"(/[\w./-]+|\b[0-9a-f]{12,}\b|\d+)", "#", line)
             if len(record.refusals) < 40:
                 record.refusals.setdefault(kind[:160], line[:300])
+
+
+def holds(where: Store, names: list[str], seconds: float, *, fence: int = 1, step: int = 0) -> tuple[str, int] | None:
+    """Wait until one of the jobs is held by ``fence`` or a later one, and has come to ``step``: (name, fence)."""
+    until = time.monotonic() + seconds
+    bucket = opened(where)
+    while time.monotonic() < until:
+        for name in names:
+            state = bucket.state(name)
+            if state.fence >= fence and (state.heartbeat.get("step") or 0) >= step:
+                return name, state.fence
+        time.sleep(0.1)
+    return None

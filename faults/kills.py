@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archipel.islands.objects import Objects
 from archipel.run import Run
-from faults.common import Record, Store, stores, surroundings
+from faults.common import Record, Store, open_store, stores
 from faults.islands import Process, Zygote, check, kill_all, refusals, weights
 from faults.runs import make_run
 
@@ -123,8 +122,7 @@ class Round:
 
         Accepted is what has its manifest in the store; each later attempt must go on from there or from further on.
         """
-        with surroundings(self.where.environment):
-            found = [MANIFEST.fullmatch(e.key) for e in Objects.open(self.where.url).list("jobs")]
+        found = [MANIFEST.fullmatch(entry.key) for entry in open_store(self.where).list("jobs")]
         sent: dict[tuple[str, int], list[int]] = {}
         for match in found:
             if match:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from archipel.islands.claims import read_state
-from archipel.islands.objects import Objects
 from faults import raw
-from faults.common import Record, environment, stores
+from faults.common import Record, Store, environment, open_store, stores
 
 RACERS = 32
 CHAIN = 25  # fences that are raced for in one job before the next job begins
@@ -71,11 +70,11 @@ def _job(number: int) -> tuple[str, int]:
     return f"j{number // CHAIN}", number % CHAIN + 1
 
 
-def _on(record: Record, kind: str, url: str, more: dict[str, str], endpoint: str, count: int, seed: int) -> None:
+def _on(record: Record, where: Store, count: int, seed: int) -> None:
     """``count`` races on one store, and what they came to."""
-    chance, began = random.Random(seed), time.monotonic()
+    kind, chance, began = where.kind, random.Random(seed), time.monotonic()
     one = several = none = disagree = errors = late = 0
-    with Racers(url, more) as racers:
+    with Racers(where.url, where.environment) as racers:
         if racers.heavy:
             record.problem(f"{kind}: racers imported {', '.join(sorted(racers.heavy))}")
         for number in range(count):
@@ -92,9 +91,8 @@ def _on(record: Record, kind: str, url: str, more: dict[str, str], endpoint: str
             disagree += sum(answer.get("holder") not in winners for answer in answers if "error" not in answer)
             late += sum(answer.get("late", 0) > 0.05 for answer in answers)
     seconds = time.monotonic() - began
-    with record.surroundings(more):
-        store = Objects.open(url)
-        fences = [read_state(store, f"j{n}").fence for n in range((count + CHAIN - 1) // CHAIN)]
+    store = open_store(where)
+    fences = [read_state(store, f"j{n}").fence for n in range((count + CHAIN - 1) // CHAIN)]
     if sum(fences) != count:
         record.problem(f"{kind}: {count} races, but the chains of claims hold {sum(fences)}")
     row: dict[str, Any] = {
@@ -109,8 +107,8 @@ def _on(record: Record, kind: str, url: str, more: dict[str, str], endpoint: str
         "answers of racers more than 50 ms late": late,
         "seconds": round(seconds, 1),
     }
-    if endpoint and (several or none):  # before anybody is blamed: the same by plain HTTP
-        row["raw HTTP"] = raw.races(endpoint, "raw", 100, RACERS)
+    if where.endpoint and (several or none):  # before anybody is blamed: the same by plain HTTP
+        row["raw HTTP"] = raw.races(where.endpoint, "raw", 100, RACERS)
     record.rows.append(row)
     record.made += count
     if several or none or disagree:
@@ -123,7 +121,7 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     with Record("races", what, count * 2, seed) as record:
         for number, kind in enumerate(("file", "s3")):
             with stores(kind, work / "races") as store:
-                _on(record, kind, store.url, store.environment, store.endpoint, count, seed + number)
+                _on(record, store, count, seed + number)
                 if kind == "s3":
                     server = raw.races(store.endpoint, store.bucket, max(20, count // 10), RACERS)
                     record.facts["the same server by raw HTTP"] = server

@@ -71,5 +71,7 @@ def _write_shard(run: Run, name: str) -> None:
     store.write_tensors(folder / "train.safetensors", _tensors(run, 24, first, cluster))
     store.write_tensors(folder / "validation.safetensors", _tensors(run, 8, first + 500, cluster))
     files = ["train.safetensors", "validation.safetensors"]
-    more = {"prior": [1 / k] * k} if cluster is None else {}
+    more: dict[str, Any] = {"counts": {"train": 24, "validation": 8}}
+    if cluster is None:
+        more["prior"] = [1 / k] * k
     store.write_card(folder, "shard", run.id, files, cluster=cluster, clusters=k, **more)
