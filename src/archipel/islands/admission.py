@@ -226,7 +226,10 @@ class _Bucket:
         card, _ = bundle.check_card(folder, self.job, self.trust.bounds)
         if card.island is not None and card.island.get("fence", commit.fence) != commit.fence:
             raise Refusal("fence", f"{CARD} is of attempt {shown(card.island.get('fence'))}, not {commit.fence}")
+        sizes = {entry.key.removeprefix(prefix): entry.size for entry in entries}
         for name in (CONFIG, METRICS, MODEL):
+            if sizes[name] != card.files[name].bytes:
+                raise Refusal("checksum", f"{prefix}{name} has {sizes[name]} bytes, not those that the card lists")
             with _refusing("checksum", prefix + name):
                 wanted = card.files[name]
                 self.objects.fetch(prefix + name, folder / name, sha256=wanted.sha256, size=wanted.bytes)
