@@ -33,7 +33,8 @@ def run(tmp_path: Path) -> Run:
 def test_site_is_read_and_options_win(tmp_path: Path) -> None:
     assert sites.read(tmp_path) == sites.SiteConfig()
     (tmp_path / "site.toml").write_text('[slurm]\npartition = "gpu"\ntime = "90m"\nsetup = ["module load x"]\n')
-    site = sites.read(tmp_path, ["slurm.time=2h", "slurm.gpus=2", "sky.use_spot=false"])
+    site = sites.read(tmp_path, ["slurm.time=2h", "slurm.gpus=2", "sky.use_spot=false", "sky.cpus=8"])
+    assert site.sky.cpus == "8"
     assert (site.slurm.partition, site.slurm.time, site.slurm.gpus) == ("gpu", "2h", 2)
     assert site.slurm.setup == ("module load x",)
     assert not site.sky.use_spot

@@ -97,6 +97,11 @@ class SkySite(Section):
         {}, description="Environment of the tasks. No secrets: those go by `sky launch --secret`."
     )
 
+    @field_validator("cpus", "memory", mode="before")
+    @classmethod
+    def _number_is_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("envs")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
