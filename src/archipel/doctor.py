@@ -66,15 +66,23 @@ def _downloads() -> Path:
     return cache_folder() / "npm"
 
 
+def _runs() -> list[Path]:
+    """Runs in buckets that somebody generated from: one folder each, made by ``islands.remote``."""
+    return sorted(path for path in (cache_folder() / "runs").glob("*") if (path / "run.toml").is_file())
+
+
 def cache_entries() -> list[CacheEntry]:
-    """Downloaded files, by name."""
+    """Downloaded files, by name, and runs of buckets, one entry each."""
     folder = _downloads()
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
-    return [CacheEntry(path, path.stat().st_size) for path in files]
+    runs = [(run, sum(path.stat().st_size for path in run.rglob("*") if path.is_file())) for run in _runs()]
+    return [*(CacheEntry(path, path.stat().st_size) for path in files), *(CacheEntry(*run) for run in runs)]
 
 
 def clean_cache() -> None:
     """Remove what was downloaded. Raises LockedError while another process downloads."""
+    for run in _runs():
+        clean_run(run)
     folder = _downloads()
     with store.lock(folder / ".lock", f"the download folder {folder}"):
         for path in folder.iterdir():
@@ -82,6 +90,14 @@ def clean_cache() -> None:
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
+
+
+def clean_run(run: Path) -> None:
+    """Remove a bucket's run from the cache. Raises LockedError while another process fetches some of it."""
+    with contextlib.ExitStack() as held:
+        for lock in (run / ".locks").glob("*.lock"):
+            held.enter_context(store.lock(lock, f"the cached run {run}"))
+        shutil.rmtree(run)
 
 
 def _version(package: str) -> str | None:

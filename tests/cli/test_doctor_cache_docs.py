@@ -52,6 +52,15 @@ def test_doctor_fails_where_something_is_missing(
 def test_the_cache_is_listed_and_cleaned_and_nothing_else_is_touched(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = cache / "runs" / ("0" * 64)  # a bucket's run that somebody generated from
+    (run / ".locks").mkdir(parents=True)
+    (run / "run.toml").write_bytes(bytes(100_000))
+    assert f"0.1 MB  {run}" in say(capsys, "cache", "list")[1]
+    with store.lock(run / ".locks" / "codec.lock", "a fetch"):
+        code, said = say(capsys, "cache", "clean", "--yes")
+        assert code == 2 and "another process" in said and (run / "run.toml").is_file()
+    doctor.clean_run(run)
+    assert not run.exists()
     code, said = say(capsys, "cache", "list")
     assert code == 0 and "2.5 MB" in said and "3.0 MB  in all" in said and "thesis" not in said
     monkeypatch.setattr("typer.confirm", lambda _: False)

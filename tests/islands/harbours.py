@@ -86,7 +86,14 @@ class Harbour:
 
     @property
     def url(self) -> str:
-        return f"file://{self.root}"
+        return self.root.as_uri()
+
+    def copy_to(self, url: str) -> None:
+        """The bucket as it is, in another store."""
+        objects = Objects.open(url)
+        for path in sorted(self.root.rglob("*")):
+            if path.is_file():
+                objects.put(path.relative_to(self.root).as_posix(), path)
 
     @property
     def objects(self) -> Objects:
@@ -110,10 +117,11 @@ class Harbour:
         for name in names:
             objects, folder = self.objects, self.run.expert(name)
             sha256, files = store.sha256_file(folder / "card.json"), ["model.safetensors", "config.json", "card.json"]
-            if name == ROUTER and calibrated:
+            if name == ROUTER and calibrated and not (folder / "calibration.json").exists():
                 fitted = Calibration(np.full((2, 2), 2.0), np.array([0.2, 0.8]), np.array([0.5, 0.3, 0.2]))
                 marks = {"format": 1, "run": self.run.id, "model_sha256": model_hash(folder)}
                 store.write_json(folder / "calibration.json", seal({**marks, **fitted.to_json()}))
+            if name == ROUTER and calibrated:
                 files.append("calibration.json")
             listed = {}
             for file in files:

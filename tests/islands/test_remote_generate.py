@@ -20,6 +20,8 @@ from archipel.ensemble.pipeline import Archipelago
 from archipel.errors import ArchipelError, DamagedError, MissingStageError
 from archipel.islands import keys, remote
 from archipel.islands.objects import StoreError
+from archipel.islands.pull import pull
+from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
 
 _HARBOURS = runpy.run_path(str(Path(__file__).parent / "harbours.py"))
@@ -49,6 +51,23 @@ def test_a_bucket_generates_what_the_run_s_folder_generates(harbour: Any, letter
         assert np.array_equal(here.clips, there.clips) and there.warnings == []
     plain = opened(harbour.root, letters).generate(PROMPTS, strategy="top1", seeds=4)  # a path instead of a URL
     assert np.array_equal(plain.clips, opened(harbour.url, letters).generate(PROMPTS, strategy="top1", seeds=4).clips)
+
+
+def test_the_same_from_s3(harbour: Any, letters: Any, s3_url: str, tmp_path: Path) -> None:
+    harbour.commit("0", "1", "2", ROUTER)
+    harbour.admit("0", "2", ROUTER)
+    harbour.copy_to(s3_url)
+    here, there = (
+        opened(where, letters).generate(PROMPTS, strategy="full", seeds=4) for where in (harbour.url, s3_url)
+    )
+    assert np.array_equal(here.clips, there.clips)
+    assert f"`archipel admit {s3_url} 1`" in there.warnings[0]
+    with StopFlag() as stop:
+        done = pull(s3_url, tmp_path / "new", stop)
+    assert done.brought == ["0", "2", ROUTER] and done.waiting == ["1"]
+    assert np.array_equal(
+        opened(tmp_path / "new", letters).generate(PROMPTS, strategy="full", seeds=4).clips, here.clips
+    )
 
 
 def test_only_what_a_strategy_needs_is_fetched_and_only_once(harbour: Any, letters: Any) -> None:
