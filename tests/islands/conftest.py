@@ -44,3 +44,12 @@ def bucket(tmp_path: Path, small_run: Run) -> Bucket:
     with StopFlag() as stop:
         publish(small_run, url, stop)
     return Bucket.open(url, small_run.id, patience=10)
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run with honest results (see forge.py), published and as a folder: (bucket, folder). Copy before changing."""
+    forge = runpy.run_path(str(Path(__file__).with_name("forge.py")))
+    root = tmp_path_factory.mktemp("honest")
+    run = forge["make_run"](root / "folder")
+    return forge["make_bucket"](run, root / "bucket"), root / "folder"

@@ -26,14 +26,6 @@ Forge = _FORGE["Forge"]
 claim, commit, write = _FORGE["claim"], _FORGE["commit"], _FORGE["write"]
 
 
-@pytest.fixture(scope="session")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run's folder and the same published: (bucket, folder)."""
-    root = tmp_path_factory.mktemp("honest")
-    run = _FORGE["make_run"](root / "folder")
-    return _FORGE["make_bucket"](run, root / "bucket"), root / "folder"
-
-
 @pytest.fixture
 def make(honest: tuple[Path, Path], tmp_path: Path) -> Callable[..., Any]:
     def copy(place: str, name: str = "0") -> Any:

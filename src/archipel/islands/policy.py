@@ -18,7 +18,7 @@ from archipel.islands import keys
 from archipel.run import MONOLITH, ROUTER
 
 PROBE = "probe"  # what `Objects.probe` creates, to see that the store honours conditions
-_PREFIX = re.compile(r"[A-Za-z0-9_.!'()/-]*")
+_PREFIX = re.compile(r"[A-Za-z0-9_./-]*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
 _GCS_NOTES = """\
 What Google Cloud Storage cannot express, and what follows:
