@@ -23,7 +23,7 @@ from archipel.run import Run
 from archipel.training import checkpoint, launch, machine, precision
 from archipel.training.batches import open_shard, shares, training_batch
 from archipel.training.local import Local
-from archipel.training.ranks import own_device
+from archipel.training.ranks import LAUNCHED, LostError, _leaving_errors, own_device
 from archipel.training.stage import plan, train
 
 TOLERANCE = 1e-5
@@ -336,3 +336,15 @@ def test_a_process_is_started_with_this_islands_settings_and_facts_are_put_into_
     launch.add_to_card(small_run.expert("1"), {"fence": 3})
     assert card_of(small_run, "1")["island"] == {"fence": 3}
     assert plan(small_run, "1").batch == 4 and machine.build("cpu", 1, world_size=2)["world_size"] == 2
+
+
+def test_a_processs_own_error_reaches_whoever_launched_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAUNCHED, str(tmp_path))
+    told = ArchipelError("the first process says it")
+    told.told = True
+    for rank, error in enumerate((ArchipelError("no such shard"), told, LostError("gone"), Stopped("enough"))):
+        with pytest.raises(type(error)), _leaving_errors(rank):
+            raise error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "no such shard"}
+    assert launch._judge("expert 0", 4, {3: -9}) == 2
+    assert "process 3 of the 4 that train expert 0 was ended by SIGKILL" in (tmp_path / "of-3").read_text()

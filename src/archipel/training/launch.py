@@ -13,13 +13,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from archipel import store
-from archipel.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
+from archipel.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
 from archipel.progress import StopFlag
 from archipel.run import Run
 from archipel.training.checkpoint import MANIFEST
@@ -27,6 +28,7 @@ from archipel.training.journal import read_progress
 from archipel.training.local import Local
 from archipel.training.ranks import LAUNCHED
 
+logger = logging.getLogger("archipel")
 _POLL = 0.2  # seconds
 
 
@@ -49,14 +51,39 @@ def train(
 ) -> None:
     """Train a job by ``local.gpus`` processes and wait for them.
 
-    Raises Stopped when asked to stop (everything is saved), ArchipelError where one of them fails; what the processes
-    say themselves goes to our standard error.
+    Raises Stopped when asked to stop (everything is saved), ArchipelError with the error of the process that failed; what
+    the processes say themselves goes to our standard error.
     """
+    with tempfile.TemporaryDirectory(prefix="archipel-") as errors:
+        code = _watch(run, name, local, stop, label, on_checkpoint, errors)
+        left = [path.read_text(encoding="utf-8") for path in sorted(Path(errors).iterdir())]
+    if code == EXIT_DONE:
+        return
+    if code == EXIT_INTERRUPTED:
+        told = read_progress(run.expert(name)) or {}
+        where = f"training {name} (step {told.get('step')} of {told.get('steps')})"
+        raise stop.error(where) if stop else Stopped(f"{where} was interrupted; everything is kept")
+    what = f"training {label} in {local.gpus} processes was ended (exit code {code}): start it again"
+    error = ArchipelError(left[0] if left else what)
+    error.told, error.exit_code = code > 0, code if code > 0 else EXIT_INTERNAL
+    raise error
+
+
+def _watch(
+    run: Run,
+    name: str,
+    local: Local,
+    stop: StopFlag,
+    label: str,
+    on_checkpoint: Callable[[Path], None] | None,
+    errors: str,
+) -> int:
+    """The exit code of all processes together."""
     watch = _Checkpoints(run.expert(name) / "checkpoints")
     process = subprocess.Popen(
         [sys.executable, "-m", "archipel.training.launch", str(local.gpus), label, *command(run, name, local)],
         stdin=subprocess.PIPE,
-        env=_environment(local),
+        env=_environment(local) | {LAUNCHED: errors},
         start_new_session=True,  # Ctrl-C reaches this process only, which then tells the others once
     )
     assert process.stdin is not None
@@ -68,19 +95,12 @@ def train(
         process.stdin.close()
         code = process.wait()
     watch.look(on_checkpoint)
-    if code == EXIT_DONE:
-        return
-    if stop and code == EXIT_INTERRUPTED:
-        told = read_progress(run.expert(name)) or {}
-        raise stop.error(f"training {name} (step {told.get('step')} of {told.get('steps')})")
-    error = ArchipelError(f"training {label} in {local.gpus} processes was ended (exit code {code}): start it again")
-    error.told, error.exit_code = code > 0, code if code > 0 else EXIT_INTERNAL
-    raise error
+    return code
 
 
 def _environment(local: Local) -> dict[str, str]:
     threads = local.threads or max(1, (os.cpu_count() or 1) // local.gpus)
-    return os.environ | {"ARCHIPEL_STOP_WITH_PARENT": "1", LAUNCHED: "1", "OMP_NUM_THREADS": str(threads)}
+    return os.environ | {"ARCHIPEL_STOP_WITH_PARENT": "1", "OMP_NUM_THREADS": str(threads)}
 
 
 class _Checkpoints:
@@ -101,8 +121,16 @@ class _Checkpoints:
         for one in self._found() if tell is not None else []:
             if one not in self._seen:
                 self._seen.add(one)
-                assert tell is not None
-                tell(self._folder / one[0])
+                self._tell(tell, self._folder / one[0])
+
+    def _tell(self, tell: Callable[[Path], None] | None, path: Path) -> None:
+        assert tell is not None
+        try:
+            tell(path)
+        except FileNotFoundError:
+            if (path / MANIFEST).exists():
+                raise
+            logger.warning("checkpoint %s was dropped for newer ones before it was told", path.name)
 
 
 def add_to_card(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -149,12 +177,13 @@ def _judge(label: str, processes: int, codes: Mapping[int, int]) -> int:
     for rank, number in sorted(killed.items()):
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
-        print(
-            f"error: process {rank} of the {processes} that train {label} was ended by {name}{hint}: start it again, and "
-            "it continues from the last good checkpoint",
-            file=sys.stderr,
-            flush=True,
+        text = (
+            f"process {rank} of the {processes} that train {label} was ended by {name}{hint}: start it again, and it "
+            "continues from the last good checkpoint"
         )
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        if folder := os.environ.get(LAUNCHED):
+            (Path(folder) / f"of-{rank}").write_text(text, encoding="utf-8")
         return EXIT_WRONG_INPUT
     own = [code for code in codes.values() if code > 0]
     for code in (EXIT_INTERNAL, EXIT_WRONG_INPUT):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,12 +26,14 @@ from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, A
 from archipel.progress import StopFlag
 from archipel.training.precision import BFLOAT16
 
+logger = logging.getLogger("archipel")
 T = TypeVar("T")
 E = TypeVar("E", ArchipelError, Stopped)
 _LIMIT, _SIGNAL = 1, 2  # why a stop is asked for; the larger one wins
 _DATA_WAIT = datetime.timedelta(minutes=10)  # for a process that is there and does not answer
 _WORD_WAIT = datetime.timedelta(hours=2)  # the first process may be writing a checkpoint to a slow disk meanwhile
-LAUNCHED = "ARCHIPEL_LAUNCHED"  # set for processes whose stop is told by their launcher, who knows its reason
+# Set for processes whose stop is told by their launcher, who knows its reason: the folder where they leave their errors.
+LAUNCHED = "ARCHIPEL_LAUNCHED"
 _LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
 
@@ -274,6 +278,12 @@ def join(device: str, label: str) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    with _leaving_errors(rank), _joined(device, label, rank, size) as team:
+        yield team
+
+
+@contextlib.contextmanager
+def _joined(device: str, label: str, rank: int, size: int) -> Iterator[Ranks]:
     cuda, ours = device.startswith("cuda"), not dist.is_initialized()
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_DATA_WAIT)
@@ -287,7 +297,8 @@ def join(device: str, label: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error).lower() for word in _LOST):
             raise
-        raise ArchipelError(
+        logger.info("%s: %s", label, error)
+        raise LostError(
             f"another of the {size} processes that train {label} has ended: see what it said, then start again; the "
             "last good checkpoint is kept"
         ) from error
@@ -295,3 +306,23 @@ def join(device: str, label: str) -> Iterator[Ranks]:
         # NCCL waits for all to leave: where they do not leave together, the end of the process has to do.
         if ours and (ended_together or not cuda):
             dist.destroy_process_group()
+
+
+class LostError(ArchipelError):
+    """Another process of the same training is gone; what ended it is told elsewhere."""
+
+
+@contextlib.contextmanager
+def _leaving_errors(rank: int) -> Iterator[None]:
+    """What ends the block is left for the launcher, where it is this process's own."""
+    try:
+        yield
+    except (Stopped, LostError):
+        raise
+    except Exception as error:
+        folder = os.environ.get(LAUNCHED)
+        if folder and not getattr(error, "told", False):
+            text = str(error) if isinstance(error, ArchipelError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                (Path(folder) / str(rank)).write_text(text, encoding="utf-8")
+        raise
