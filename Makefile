@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"
 	@echo "make test         the tests (no root, no network beyond the installation)"
+	@echo "make setup-sky    .venv-sky, in which SkyPilot reads our task files (for one test)"
 	@echo "make check        ruff, types, import directions"
 	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
 	@echo "make test-ray     the tests with a Ray cluster on this machine"
