@@ -330,3 +330,17 @@ def test_a_run_id_for_a_folder(honest: tuple[Path, Path], tmp_path: Path) -> Non
     with pytest.raises(ArchipelError, match="for buckets"):
         admit(folder, "0", reopen=True)
     assert admit(folder, "0", run_id=Run.open(folder).id).admitted
+
+
+def test_the_page_shows_every_key_of_trust_toml_with_its_default() -> None:
+    """And is itself a file that can be read, but for the places where keys and hashes stand."""
+    import tomllib
+
+    page = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
+    shown = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    assert set(shown) == set(trust.Trust.model_fields)
+    defaults = trust.Trust()
+    for section in ("bounds", "loss"):
+        assert shown[section] == getattr(defaults, section).model_dump()
+    assert set(shown["signature"]) == set(trust.Signature.model_fields)
+    assert set(shown["signature"]["keys"][0]) == set(trust.Signer.model_fields)
