@@ -20,7 +20,8 @@ import torch
 from archipel import store
 from bench.common import BUSY, DifferentError
 
-QUICK = ("training_step", "top1", "cache_reading", "frechet")
+QUICK = ("training_step", "top1", "cache_reading", "frechet", "islands")
+ENGINES = ("first_step",)  # needs Ray (make setup-ray)
 LONG = ("representation",)  # hours; needs the emoji's package
 
 
@@ -91,7 +92,7 @@ def page(date: str, records: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=(*QUICK, *LONG), help="may be given several times")
+    parser.add_argument("--only", action="append", choices=(*QUICK, *ENGINES, *LONG), help="may be given several times")
     parser.add_argument("--long", action="store_true", help=f"also {', '.join(LONG)}, which takes hours")
     parser.add_argument("--small", action="store_true", help="only to see that all works; prints, writes nothing")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the results")
@@ -100,7 +101,7 @@ def main() -> None:
     date, failed = time.strftime("%Y-%m-%d"), []
     path = options.out / f"{date}.json"
     records = store.read_json(path) if path.exists() and not options.small else {}
-    for name in options.only or (*QUICK, *(LONG if options.long else ())):
+    for name in options.only or (*QUICK, *(ENGINES if options.long else ()), *(LONG if options.long else ())):
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             records[name] = importlib.import_module(f"bench.{name}").run(options.small)
