@@ -89,6 +89,11 @@ class Server:
         if self._log is not None:
             self._log.close()
 
+    def log(self) -> str:
+        """What the server has written so far: one line per request, by the client's address, where it is moto."""
+        assert self._log is not None
+        return os.pread(self._log.fileno(), 1 << 30, 0).decode(errors="replace")
+
     def make_bucket(self, name: str) -> str:
         raise AssertionError("a server makes its buckets")
 

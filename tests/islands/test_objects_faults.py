@@ -121,7 +121,7 @@ def test_a_store_that_goes_and_comes_back_is_waited_for(
     objects = opened(s3_url)
     objects.put("a", b"1")
     proxy.leave()
-    timer = threading.Timer(6.0, proxy.come_back)
+    timer = threading.Timer(3.0, proxy.come_back)
     timer.start()
     objects.put("a", b"2")
     assert objects.get("a") == b"2"
