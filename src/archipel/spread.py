@@ -24,7 +24,7 @@ class Spread(Protocol):
 
     ``needs`` are files and folders of ``root`` (relative names) that ``make`` reads. ``device`` is where it computes:
     an engine gives pieces for ``cuda`` a GPU each. ``given`` is read as far ahead as the engine can keep busy with.
-    Closing the generator takes back what has not begun.
+    Closing the generator ends it: what was on its way is dropped.
     """
 
     def __call__(

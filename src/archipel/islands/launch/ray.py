@@ -12,11 +12,13 @@ import atexit
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import os
 import pkgutil
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from archipel import __version__, store
-from archipel.errors import ArchipelError
+from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 from archipel.islands.launch import engine
 from archipel.islands.launch.local import in_order
 from archipel.progress import Progress, StopFlag
@@ -37,6 +39,8 @@ from archipel.run import Run
 from archipel.spread import Arrays, Make
 
 _POLL = 0.25  # seconds
+_LOOK = 1.0  # seconds between looks at the flag that stops jobs
+_REACH = 10.0  # seconds for the cluster to answer at all
 _GRACE = 60.0  # seconds for a command to save what it has
 _TRIES = 20  # how often a task is started again after its node was lost
 _AHEAD = 4  # pieces on their way for each CPU (or GPU) of the cluster
@@ -103,10 +107,10 @@ class RayEngine:
         ray, threads = _ray(), self.threads
         resources = {"num_cpus": threads, "num_gpus": 1 if self.device == "cuda" else 0}
         task = ray.remote(max_retries=_TRIES, **resources)(run_command)
-        more = engine.environment(threads)
+        more, flag = engine.environment(threads), _flag()
         running = {
             task.options(name=f"archipel join {name}").remote(
-                ["-m", "archipel.cli", *engine.join_arguments(self.store, self.run, name, threads)], more
+                engine.command(*engine.join_arguments(self.store, self.run, name, threads))[1:], more, flag
             ): name
             for name in names
         }
@@ -123,7 +127,9 @@ class RayEngine:
                     bar.update(watch.done(), watch.note())
                 bar.update(watch.total)
         finally:
-            _cancel(list(running))
+            if running:
+                flag.raise_it.remote()
+                ray.wait(list(running), num_returns=len(running), timeout=_GRACE + 5)
 
     def _judge(self, name: str, task: Any) -> None:
         code, said = _result(f"training {name}", task)
@@ -155,6 +161,7 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS") or None
+    _answers(address or "")
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -166,6 +173,17 @@ def connect() -> bool:
             for number, handler in before.items():
                 signal.signal(number, handler)  # Ray's own would end the process before anything is saved
     return True
+
+
+def _answers(address: str) -> None:
+    """Raise ArchipelError where nobody listens at HOST:PORT: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return  # "auto", "local", ray://...: Ray's own matter
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH).close()
+    except (OSError, OverflowError) as error:
+        raise ArchipelError(f"no Ray cluster at RAY_ADDRESS = {address!r}: {error}") from error
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -187,21 +205,43 @@ def _result(what: str, task: Any) -> Any:
         raise engine.JobError(f"{what} was lost {_TRIES + 1} times by the Ray cluster: {error}") from error
 
 
-def _cancel(tasks: list[Any]) -> None:
-    """Ask tasks to stop, and wait until their commands have saved what they have."""
+class Flag:
+    """An actor beside the driver that tells the jobs to stop. ``ray.cancel`` is no way to do it: a task that ends in the
+    same moment makes Ray 2.60 abort the driver ("Tried to complete task that was not pending")."""
+
+    def __init__(self) -> None:
+        self._up = False
+
+    def raise_it(self) -> None:
+        self._up = True
+
+    def is_up(self) -> bool:
+        return self._up
+
+
+def _flag() -> Any:
     ray = _ray()
-    for task in tasks:
-        with contextlib.suppress(Exception):
-            ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE + 5)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Flag).remote()
+
+
+def _is_up(flag: Any) -> bool:
+    """Whether the flag is up; one that cannot be asked is not: with the driver gone, Ray ends us anyway."""
+    with contextlib.suppress(Exception):
+        return bool(_ray().get(flag.is_up.remote(), timeout=_REACH))
+    return False
 
 
 # --- on a node: a command --------------------------------------------------------------------------------------------
 
 
-def run_command(arguments: list[str], more: Mapping[str, str]) -> tuple[int, str]:
-    """Run Python with ``arguments`` to its end, as a child that stops with us. Returns its exit code and last words."""
+def run_command(arguments: list[str], more: Mapping[str, str], flag: Any) -> tuple[int, str]:
+    """Run Python with ``arguments`` to its end, as a child that stops with us, or when the flag is up. Returns its exit
+    code and last words."""
+    if _is_up(flag):
+        return EXIT_INTERRUPTED, ""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -211,9 +251,14 @@ def run_command(arguments: list[str], more: Mapping[str, str]) -> tuple[int, str
             env=os.environ | dict(more),
             start_new_session=True,
         )
+        looked = time.monotonic()
         try:
             while process.poll() is None:
-                time.sleep(_POLL)  # in Python, where Ray can interrupt
+                time.sleep(_POLL)
+                if (asked := time.monotonic()) - looked >= _LOOK:
+                    looked = asked
+                    if _is_up(flag):
+                        break
         finally:
             _end(process)
         size = output.seek(0, os.SEEK_END)
@@ -251,16 +296,29 @@ class _Work:
         }
         return cls(f"{make.__module__}:{make.__qualname__}", str(root.resolve()), files, threads, device)
 
-    def __call__(self, data: bytes) -> bytes:
-        """On a node: the arrays of a piece -> what the function makes of them, both as safetensors."""
-        if self.version != __version__:
-            raise ArchipelError(f"a node has Archipel {__version__}, this machine {self.version}: install the same")
-        ray = _ray()
-        hashes = tuple((name, sha256) for name, (sha256, _) in self.files.items())
-        root = place(self.root, hashes, lambda name: bytes(ray.get(self.files[name][1])))
-        make = pkgutil.resolve_name(self.make)
-        with _threads(int(self.resources["num_cpus"])):
-            return pack(make(root, unpack(data)))
+    def __call__(self, data: bytes) -> tuple[bytes, str]:
+        """On a node: the arrays of a piece -> what the function makes of them, both as safetensors, or the error as JSON.
+        An error travels as text: Ray's wrappings of exceptions differ between its parts and its versions."""
+        try:
+            if self.version != __version__:
+                raise ArchipelError(f"a node has Archipel {__version__}, this machine {self.version}: install the same")
+            hashes = tuple((name, sha256) for name, (sha256, _) in self.files.items())
+            root = place(self.root, hashes, lambda name: bytes(_ray().get(self.files[name][1])))
+            with _threads(int(self.resources["num_cpus"])):
+                return pack(pkgutil.resolve_name(self.make)(root, unpack(data))), ""
+        except ArchipelError as error:
+            return b"", json.dumps({"text": str(error), "exit_code": error.exit_code})
+        except Exception as error:
+            text = f"{self.make} failed on a node of the Ray cluster: {type(error).__name__}: {error}"
+            return b"", json.dumps({"text": text, "exit_code": EXIT_INTERNAL})
+
+
+def _opened(made: bytes, error: str) -> dict[str, np.ndarray]:
+    """The arrays that came back. Raises the error that came instead."""
+    if error:
+        told = json.loads(error)
+        raise (ArchipelError if told["exit_code"] == EXIT_WRONG_INPUT else engine.JobError)(told["text"])
+    return unpack(made)
 
 
 def _files(root: Path, needs: Sequence[str]) -> list[str]:
@@ -336,19 +394,15 @@ def _by_tasks(work: _Work, given: Iterable[Arrays]) -> Generator[Arrays, None, N
     call = ray.remote(max_retries=_TRIES, **work.resources)(_one)
     held, pieces = ray.put(work), iter(given)
     waiting: list[Any] = []
-    try:
-        while True:
-            for piece in itertools.islice(pieces, _room(work) - len(waiting)):
-                waiting.append(call.remote(held, pack(piece)))
-            if not waiting:
-                return
-            yield unpack(_result(work.make, waiting[0]))
-            waiting.pop(0)
-    finally:
-        _cancel(waiting)
+    while True:
+        for piece in itertools.islice(pieces, _room(work) - len(waiting)):
+            waiting.append(call.remote(held, pack(piece)))
+        if not waiting:
+            return
+        yield _opened(*_result(work.make, waiting.pop(0)))
 
 
-def _one(work: _Work, data: bytes) -> bytes:
+def _one(work: _Work, data: bytes) -> tuple[bytes, str]:
     return work(data)
 
 
@@ -367,8 +421,8 @@ def _by_ray_data(work: _Work, given: Iterable[Arrays]) -> Generator[Arrays, None
         )
         count = 0
         for table in _tables(work, made):
-            for row in table["piece"]:
-                yield unpack(row.as_py())
+            for piece, error in zip(table["piece"], table["error"], strict=True):
+                yield _opened(piece.as_py(), error.as_py())
                 count += 1
         if count != len(wave):
             raise engine.JobError(f"Ray Data gave back {count} of {len(wave)} pieces of {work.make}")
@@ -379,15 +433,6 @@ def _tables(work: _Work, made: Any) -> Iterator[Any]:
 
     try:
         yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-    except exceptions.RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, exceptions.RayTaskError) or getattr(cause, "__cause__", None) is not None:
-            cause = cause.cause if isinstance(cause, exceptions.RayTaskError) else cause.__cause__
-        if isinstance(cause, ArchipelError):
-            raise cause from None
-        raise engine.JobError(
-            f"{work.make} failed on a node of the Ray cluster: {type(cause).__name__}: {cause}"
-        ) from error
     except exceptions.RayError as error:
         raise engine.JobError(f"{work.make} was lost by the Ray cluster: {error}") from error
 
@@ -402,4 +447,5 @@ def _batch(work: _Work, table: Any) -> Any:
     import pyarrow
 
     made = [work(row.as_py()) for row in table["piece"]]
-    return pyarrow.table({"piece": pyarrow.array(made, pyarrow.large_binary())})
+    pieces, errors = pyarrow.array([piece for piece, _ in made], pyarrow.large_binary()), [error for _, error in made]
+    return pyarrow.table({"piece": pieces, "error": pyarrow.array(errors, pyarrow.string())})
