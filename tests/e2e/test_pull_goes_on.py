@@ -42,6 +42,9 @@ def test_what_was_pulled_is_scored_as_if_it_had_been_trained_here(
     assert (home / "report" / "index.html").is_file()
     for path in sorted((finished / "scores").glob("*.json")):
         here, there = (json.loads((root / "scores" / path.name).read_text()) for root in (home, finished))
-        assert {**here, "seconds": 0} == {**there, "seconds": 0}
+        for value in (here, there):
+            if isinstance(value, dict):
+                value.pop("seconds", None)
+        assert here == there, path.name
     code, said = inside("verify", home)
     assert code == 0, said
