@@ -16,7 +16,7 @@ import pytest
 
 from archipel import pipeline, store
 from archipel.errors import ArchipelError, Stopped
-from archipel.islands.launch import engine
+from archipel.islands.launch import engine, ray_pieces
 from archipel.islands.launch import ray as launch
 from archipel.progress import StopFlag
 from archipel.run import Run
@@ -109,17 +109,17 @@ def test_an_error_on_a_node_is_told_in_its_own_words(
 def test_a_node_without_the_runs_disk_gets_the_files_it_needs(tmp_path: Path) -> None:
     data = b"a codec"
     hashes = (("codec/model", store.sha256_bytes(data)),)
-    copy = launch.place(str(tmp_path / "elsewhere"), hashes, lambda name: data)
+    copy = ray_pieces.place(str(tmp_path / "elsewhere"), hashes, lambda name: data)
     assert (copy / "codec/model").read_bytes() == data and not (tmp_path / "elsewhere").exists()
-    assert launch.place(str(tmp_path / "elsewhere"), hashes, lambda name: b"not asked again") == copy
+    assert ray_pieces.place(str(tmp_path / "elsewhere"), hashes, lambda name: b"not asked again") == copy
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec/model").write_bytes(data)
-    assert launch.place(str(tmp_path), hashes, lambda name: b"not asked") == tmp_path
+    assert ray_pieces.place(str(tmp_path), hashes, lambda name: b"not asked") == tmp_path
     (tmp_path / "other/codec").mkdir(parents=True)
     (tmp_path / "other/codec/model").write_bytes(b"another run's")
-    assert (launch.place(str(tmp_path / "other"), hashes, lambda name: data) / "codec/model").read_bytes() == data
+    assert (ray_pieces.place(str(tmp_path / "other"), hashes, lambda name: data) / "codec/model").read_bytes() == data
     with pytest.raises(ArchipelError, match="another sha256"):
-        launch.place(str(tmp_path / "third"), hashes, lambda name: b"torn")
+        ray_pieces.place(str(tmp_path / "third"), hashes, lambda name: b"torn")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
