@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from archipel.islands import keys
-from archipel.islands.admission import RULES, admitted
+from archipel.islands.admission import RULES, admit, admitted
 from archipel.islands.bucket import Bucket
+from archipel.islands.objects import Objects
 from archipel.run import Run
 
 _FORGE = runpy.run_path(str(Path(__file__).with_name("forge.py")))
@@ -221,6 +222,9 @@ ANYWHERE: dict[str, tuple[str, Callable[[Any], None]]] = {
     "a key twice in the configuration": (
         "format", lambda f: f.put(CONFIG, (f.result / CONFIG).read_bytes().replace(b"{", b'{"num_layers": 9,', 1)),
     ),
+    "90,000 keys, the last of them twice": (
+        "format", lambda f: f.raw_card("{" + "".join(f'"k{n}":0,' for n in range(90_000)) + '"k89999":1}'),
+    ),
     "a card that is no UTF-8": ("format", lambda f: f.raw_card("\ud800{}")),
     "a card cut short": ("format", lambda f: f.raw_card('{"format": 1, "files"')),
     # path
@@ -324,7 +328,7 @@ def _checks(forge: Any, before: dict[str, str], rule: str) -> None:
     after = forge.snapshot()
     added = {key for key in after if key not in before}
     assert {key: after[key] for key in before} == before
-    notes = {keys.refused(forge.name, fence) for fence in (0, 1, 2)} if forge.place == "bucket" else set()
+    notes = {keys.refused(forge.name, fence) for fence in (0, 1, 2, 7)} if forge.place == "bucket" else set()
     assert added <= notes, "a refusal writes nothing but its note"
     for note in added:
         assert json.loads((forge.root / note).read_text())["rule"] == rule
@@ -417,6 +421,16 @@ def test_commits_are_held_to_their_claims(make: Callable[..., Any], case: str) -
     _checks(forge, forge.snapshot(), rule)
 
 
+def test_status_says_refused(make: Callable[..., Any]) -> None:
+    from archipel.islands.status import status
+
+    forge = make("bucket")
+    forge.recommit(nonce="ab" * 16)
+    assert forge.admit().rule == "fence"
+    rows = {row["name"]: row["state"] for row in status(Bucket.open(forge.root))["jobs"]}
+    assert (rows["0"], rows["1"]) == ("refused", "done")
+
+
 def test_a_job_without_a_result_is_refused_without_a_note(make: Callable[..., Any]) -> None:
     forge = make("bucket", "monolith")
     before = forge.snapshot()
@@ -465,6 +479,29 @@ def test_honest_results_are_admitted_from_a_bucket(make: Callable[..., Any]) -> 
     assert (found.sha256, found.fence) == (sha256, 1)
     assert found.files[MODEL][0] == before[f"{keys.result('0', 1)}/{MODEL}"]
     assert forge.admit().admitted and forge.snapshot() == after  # asking again changes nothing
+
+
+def test_admission_from_an_s3_server(honest: tuple[Path, Path], s3_url: str) -> None:
+    store = Objects.open(s3_url)
+    for path in sorted(honest[0].rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            store.put(path.relative_to(honest[0]).as_posix(), path)
+    assert admit(s3_url, "0").admitted
+    found = admitted(Bucket.open(s3_url))["0"]
+    copied = store.get(keys.admitted(found.sha256, MODEL), 1 << 24)
+    assert copied == (honest[0] / keys.result("0", 1) / MODEL).read_bytes()
+    store.put(f"{keys.result('1', 1)}/extra.pkl", PICKLE)
+    assert admit(s3_url, "1").rule == "format"
+    assert set(admitted(Bucket.open(s3_url))) == {"0"} and store.get_json(keys.refused("1", 1))["rule"] == "format"
+
+
+def test_a_run_named_by_a_link_is_the_owners_own_matter(make: Callable[..., Any], tmp_path: Path) -> None:
+    forge = make("folder", "router")
+    (tmp_path / "link").symlink_to(forge.root)
+    assert admit(tmp_path / "link", "router").admitted
+    forge.root.joinpath("experts").rename(tmp_path / "experts")
+    forge.root.joinpath("experts").symlink_to(tmp_path / "experts")
+    assert admit(tmp_path / "link", "0").rule == "path"
 
 
 def test_a_router_is_admitted_with_a_calibration(make: Callable[..., Any]) -> None:

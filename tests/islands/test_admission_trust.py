@@ -18,7 +18,9 @@ import pytest
 from archipel import cli, store
 from archipel.errors import ArchipelError, ConfigError
 from archipel.islands import keys, trust
-from archipel.islands.worker import signed_bytes
+from archipel.islands.bucket import Bucket
+from archipel.islands.worker import Options, join, signed_bytes
+from archipel.progress import StopFlag
 from archipel.run import Run
 
 _FORGE = runpy.run_path(str(Path(__file__).with_name("forge.py")))
@@ -121,6 +123,18 @@ def test_a_signature_taken_from_a_good_result_does_not_cover_another(forge: Any,
     forge.weights(lambda tensors: tensors["proj_out.bias"].__imul__(1.01))
     forge.recommit(**signed)
     _refused(forge, "not ada's")
+
+
+def test_what_a_real_island_signs_is_admitted(forge: Any, pair: tuple[Path, str], tmp_path: Path) -> None:
+    """`join --key` and `admit` agree on every byte and on every key of a card; nobody else's key will do."""
+    shutil.rmtree(forge.root / "jobs")
+    with StopFlag() as stop:
+        options = Options(only=("0",), work=tmp_path / "work", sign=lambda message: trust.sign(pair[0], message))
+        assert join(Bucket.open(forge.root), options, stop) == ["0"]
+    _trusting(forge, pair[1], jobs='["0"]')
+    assert forge.admit().admitted
+    _trusting(forge, trust.keygen(tmp_path / "other.key"))
+    assert forge.admit().rule == "signature"
 
 
 def test_keys_are_files_of_their_owner_alone(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _folder(run: Run, name: str, source: Source) -> Answer:
     try:
         if not folder.is_dir():
             raise Refusal("format", f"there is no result at {folder}: `archipel train {run.root} {name}` makes one")
-        bundle.check_listing(folder, trained_here=True)
+        bundle.check_listing(folder, run.root)
         if rules.signature.required:
             raise Refusal("signature", "a run's folder has no signatures, and trust.toml requires them")
         card, sha256 = bundle.check_card(folder, job, rules.bounds)
@@ -153,7 +153,7 @@ class _Bucket:
 
     def _check(self, scratch: Path) -> str:
         self._standing()
-        commit = self.commit = self._committed()
+        commit = self._committed()
         message = trusting.payload(self.bucket.id, self.name, commit.fence, commit.sha256)
         wrong = trusting.check_signature(self.trust.signature, self.name, message, commit.signature, commit.signer)
         if wrong:
@@ -194,6 +194,7 @@ class _Bucket:
         fence = commit.fence
         if not 1 <= fence <= keys.MAX_FENCE:
             raise Refusal("fence", f"{key}: fence {shown(fence)} is not between 1 and {keys.MAX_FENCE}")
+        self.commit = commit
         if fence > self.top:
             raise Refusal("fence", f"{key}: fence {fence} was never claimed; the claims go up to {self.top}")
         if fence <= self.above:

@@ -83,15 +83,15 @@ def check_name(name: str, allowed: frozenset[str]) -> None:
     raise Refusal("format", f"{shown(name)}: only safetensors and JSON are admitted")
 
 
-def check_listing(folder: Path, *, trained_here: bool) -> None:
-    """Names and kinds of everything in a result's folder, without opening any of it.
-
-    ``trained_here``: a run's own folder, where a training's checkpoints, progress and calibration lie beside.
-    Raises Refusal ("path", "format", "size").
-    """
-    if folder.is_symlink() or folder.parent.is_symlink():
-        raise Refusal("path", f"{folder.name} is a link, or lies in one: a bundle holds files only")
-    allowed = frozenset({*LISTED, CARD, *(_BESIDE if trained_here else ())})
+def check_listing(folder: Path, root: Path) -> None:
+    """Names and kinds of everything in a result's folder in the run at ``root``, without opening any of it; a training's
+    checkpoints, progress and calibration may lie beside. Raises Refusal ("path", "format", "size")."""
+    for place in (folder, *folder.parents):
+        if place == root:
+            break
+        if place.is_symlink():
+            raise Refusal("path", f"{place.name} is a link: a bundle holds files only")
+    allowed = frozenset({*LISTED, CARD, *_BESIDE})
     with os.scandir(folder) as entries:
         for number, entry in enumerate(entries):
             if number >= _ENTRIES:
@@ -99,12 +99,12 @@ def check_listing(folder: Path, *, trained_here: bool) -> None:
             if entry.is_symlink():
                 raise Refusal("path", f"{shown(entry.name)} is a link: a bundle holds files only")
             if entry.is_dir(follow_symlinks=False):
-                if not (trained_here and entry.name == "checkpoints"):
+                if entry.name != "checkpoints":
                     raise Refusal("path", f"{shown(entry.name)} is a folder, which no result has")
                 _check_checkpoints(Path(entry.path))
             elif not entry.is_file(follow_symlinks=False):
                 raise Refusal("path", f"{shown(entry.name)} is no regular file")
-            elif not (trained_here and _ASIDE.fullmatch(entry.name)):
+            elif not _ASIDE.fullmatch(entry.name):
                 check_name(entry.name, allowed)
 
 

@@ -121,8 +121,8 @@ def parse_json(data: bytes, name: str, *, numbers: str = "config") -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise Refusal("format", f"{name} has the key {shown(twice)} twice: which of them counts would be a guess")
         return found
 
