@@ -536,6 +536,8 @@ def test_what_is_refused_later_is_not_admitted_any_longer(make: Callable[..., An
     forge.trust.write_text("[loss]\nbar = 0.01\n")
     assert forge.admit().rule == "loss"
     assert admitted(Bucket.open(forge.root) if place == "bucket" else Run.open(forge.root)) == {}
+    forge.trust = None
+    assert forge.admit().admitted and not (forge.root / keys.refused("0", 1)).exists()
 
 
 def test_a_refusal_and_a_reopening_let_islands_take_the_job_again(make: Callable[..., Any]) -> None:

@@ -261,6 +261,9 @@ class _Bucket:
             self.objects.put(keys.admitted(commit.sha256, name), folder / name)
         pointer = _pointer(self.bucket.id, self.name, commit.sha256, commit.fence, _sizes(folder, names))
         self.objects.put(keys.admitted(self.name), encode(pointer))
+        note = keys.refused(self.name, commit.fence)
+        if self.objects.get(note, _COMMIT) is not None:  # by stricter rules, before
+            self.objects.remove([note])
 
     def _record(self, refusal: Refusal) -> None:
         """Note why; and take an earlier admission of the very same result back."""
