@@ -1,4 +1,4 @@
-"""What moved: requests and bytes of an island, against what other ways to train together would have moved."""
+"""What moved between an island and the store: counted per connection, told in heartbeats and cards."""
 
 from __future__ import annotations
 

@@ -186,6 +186,7 @@ def ledger(reader: Reader) -> dict[str, Any]:
         "matched": matched,
         "tolerance": run.config.compute.tolerance,
         "sampling": _sampling(found),
+        "traffic": _traffic(found),
     }
 
 
@@ -199,6 +200,23 @@ def _sampling(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         if total is not None:
             costs.append((str(arm), f"{bounds[arm]} {number(total)}" if arm in bounds else number(total)))
     return costs
+
+
+def _traffic(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What islands moved, and what other ways to train on as many machines would have; empty without islands."""
+    part = mapping(found.get("traffic"))
+    rows = []
+    for name, value in mapping(part.get("islands")).items():
+        row = mapping(value)
+        sent, received = (finite(row.get(key)) or 0.0 for key in ("sent", "received"))
+        rows.append((_job_label(str(name)), f"{sent / 1e6:,.1f} MB sent, {received / 1e6:,.1f} MB received"))
+    every = {"data_parallel": "data-parallel training would move", "diloco": "DiLoCo-style training would move"}
+    for key, label in every.items() if rows else ():
+        way = mapping(part.get(key))
+        total, times = finite(way.get("total")), finite(way.get("times_ours"))
+        if total is not None and times is not None:
+            rows.append((label, f"{total / 1e6:,.1f} MB, {number(times)} times as much ({way.get('formula')} bytes)"))
+    return rows
 
 
 # --- isolation -------------------------------------------------------------------------------------------------------

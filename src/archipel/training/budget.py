@@ -15,6 +15,7 @@ from archipel.config import RunConfig
 from archipel.errors import ConfigError
 from archipel.flow.draws import ROUTE_NOISES
 from archipel.run import MONOLITH, ROUTER, Run
+from archipel.training import traffic
 
 ROUTER_SHARE = 0.05  # of the training budget, at most
 ROUTER_FORWARD = 0.10  # of an expert's forward, at most
@@ -68,7 +69,8 @@ def write_ledger(run: Run) -> dict[str, Any]:
     """Read the cards of all jobs and write ledger.json: what was really spent, per arm.
 
     {"experts": {"0": flops}, "router": flops, "monolith": flops, "ratio": archipelago / monolith, "matched": bool,
-    "tolerance", "missing": [jobs without a card], "arms": {name: {...}}, "training": {...}, "sampling": {...}}. What is
+    "tolerance", "missing": [jobs without a card], "arms": {name: {...}}, "training": {...}, "sampling": {...},
+    "traffic": bytes that islands moved, and that other ways would have (see ``traffic.section``)}. What is
     missing is null, and then nothing is called matched. Raises nothing for unfinished runs.
     """
     cards = {name: store.read_card(run.expert(name)) for name in run.job_names}
@@ -91,6 +93,7 @@ def write_ledger(run: Run) -> dict[str, Any]:
         "arms": {name: _arm(card) for name, card in done.items()},
         "training": _training(run, done),
         "sampling": _sampling(run.config),
+        "traffic": traffic.section(done, run.expert_names, [ROUTER]),
     }
     store.write_json(run.ledger, ledger)
     return ledger
