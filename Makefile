@@ -14,6 +14,7 @@ help:
 	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
 	@echo "make test-ray     the tests with a Ray cluster on this machine"
 	@echo "make bench        the head-to-heads"
+	@echo "make faults       every fault of docs/reliability.md, in full counts (half an hour; root for full disks)"
 	@echo "make docs         the generated pages of docs/"
 
 # Installed anew only when what is declared has changed.
@@ -65,6 +66,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+faults: setup
+	$(BIN)/python -m faults --docs docs/reliability
 
 docs: setup
 	$(BIN)/python -m archipel.docs
