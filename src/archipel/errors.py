@@ -34,7 +34,8 @@ class MissingStageError(ArchipelError):
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Work was asked to stop (Ctrl-C, SIGTERM or --for) and has kept everything; not a failure.
 
-    ``told``: as ``ArchipelError``'s. ``interrupted`` is True for signals (exit 130) and False where the stop was asked for in advance (exit 0).
+    ``told``: as ``ArchipelError``'s. ``interrupted`` is True for signals (exit 130) and False where the stop was asked for
+    in advance (exit 0).
     """
 
     told = False
