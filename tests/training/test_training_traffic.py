@@ -40,12 +40,14 @@ def card(sent: int, received: int, result: int = 4000, **more: Any) -> dict[str,
 def test_the_section_adds_up() -> None:
     cards = {"0": card(100, 200), "1": card(300, 400), "router": card(10, 20, result=30)}
     found = traffic.section(cards, ["0", "1"], ["router"])
-    assert found["islands"]["0"] == {"requests": 7, "sent": 4100, "received": 200}
+    assert found["islands"]["0"] == {"requests": 7, "sent": 4100, "received": 200, "result": 4000}
     assert found["total"] == 4100 + 200 + 4300 + 400 + 40 + 20
     assert found["data_parallel"]["sent_per_worker"] == 1000 * 2 * 1 / 2 * 4 * 1000
     assert found["data_parallel"]["total"] == 2 * 2 * 4_000_000
     assert found["diloco"]["sent_per_worker"] == 2 * 4000
     assert found["data_parallel"]["times_ours"] == round(16_000_000 / found["total"], 4)
+    assert found["needed"] == 200 + 400 + 20 + 4000 + 4000 + 30
+    assert found["diloco"]["times_needed"] == round(32_000 / found["needed"], 4)
     assert found["data_parallel"]["total"] == 500 * found["diloco"]["total"]
 
 
@@ -62,5 +64,5 @@ def test_odd_cards_break_nothing() -> None:
     odd["island"]["traffic"] |= {"bytes_sent": "ten", "bytes_received": -4, "requests": {"get": None}}
     odd["files"] = ["?"]
     found = traffic.section({"0": odd}, ["0"])
-    assert found["islands"]["0"] == {"requests": 0, "sent": 0, "received": 0}
+    assert found["islands"]["0"] == {"requests": 0, "sent": 0, "received": 0, "result": 0}
     assert found["total"] == 0 and found["data_parallel"]["times_ours"] is None

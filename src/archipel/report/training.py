@@ -215,7 +215,10 @@ def _traffic(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         way = mapping(part.get(key))
         total, times = finite(way.get("total")), finite(way.get("times_ours"))
         if total is not None and times is not None:
-            rows.append((label, f"{total / 1e6:,.1f} MB, {number(times)} times as much ({way.get('formula')} bytes)"))
+            bare = finite(way.get("times_needed"))
+            alone = f", {number(bare)} times our shards and results alone" if bare is not None else ""
+            said = f"{total / 1e6:,.1f} MB without checkpoints: {number(times)} times all of ours{alone}"
+            rows.append((label, f"{said} ({way.get('formula')} bytes)"))
     return rows
 
 

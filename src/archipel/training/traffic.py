@@ -39,6 +39,8 @@ def section(
     cards: by job, those without an "island" were trained without a bucket and moved nothing between machines. experts:
     the names of all experts, K of them: the other ways are K workers that train one network of an expert's size for an
     expert's steps. others: jobs whose traffic counts, too (the router). Totals are null while an expert's is missing.
+    "needed" is what came in (shards, a checkpoint to continue from) and the results: without checkpoints sent, which the
+    other ways' counts do not have either.
     """
     experts = list(experts)
     moved = {}
@@ -52,11 +54,13 @@ def section(
                 "requests": sum(_whole(n) for n in _mapping(counted.get("requests")).values()),
                 "sent": _whole(counted.get("bytes_sent")) + result,
                 "received": _whole(counted.get("bytes_received")),
+                "result": result,
             }
     out: dict[str, Any] = {
         "islands": moved,
         "workers": len(experts),
         "counted": "payload bytes of the attempt that was committed, retries and checkpoints included, headers not",
+        "needed": sum(row["received"] + row["result"] for row in moved.values()),
     }
     known = [
         cards[name] for name in experts if name in moved and "parameters" in cards[name] and "steps" in cards[name]
@@ -84,6 +88,7 @@ def section(
             "total": all_workers,
             "formula": f"sent per worker = {formula}",
             "times_ours": round(all_workers / total, 4) if total else None,
+            "times_needed": round(all_workers / out["needed"], 4) if out["needed"] else None,
         }
     return {**out, "total": total}
 
