@@ -22,8 +22,9 @@ from archipel.run import Run
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 # Two minutes on two cores for both runs; the jobs are just long enough to be met in their middle.
 SETTINGS = [
-    "clips.count=40", "expert.steps=120", "expert.checkpoint_every=5", "expert.validate_every=60", "router.steps=20",
-    "router.checkpoint_every=5", "sample.steps=2", "evaluate.count=20", "evaluate.showcase=2",
+    "clips.count=40", "expert.steps=60", "expert.checkpoint_every=5", "expert.validate_every=30", "router.steps=20",
+    "router.checkpoint_every=5", "sample.steps=2", "evaluate.count=17", "evaluate.showcase=0",
+    'evaluate.arms=["top1", "oracle", "monolith"]',
 ]  # fmt: skip
 
 
