@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup setup-sky setup-ray demo test test-system test-ray check bench docs clean
+.PHONY: help setup setup-sky setup-ray demo test test-system test-ray check bench faults docs clean
 
 help:
 	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"

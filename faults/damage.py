@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from archipel.training import checkpoint
 from archipel.training.batches import open_shard
 from archipel.training.stage import train
 from faults.common import Record, Store
-from faults.islands import Zygote, check, weights
+from faults.islands import Zygote, check, weights, zygote_for
 from faults.kills import publish
 from faults.runs import make_run
 
@@ -245,16 +246,16 @@ class Bench:
             for file in ("model.safetensors", card, "config.json", "metrics.jsonl"):
                 peers = (peer / file, folder / "progress.json" if file != card else folder / "config.json")
                 what = {card: "card of a trained expert"}.get(file, "file of a trained expert")
-                found.append(self._one(what, folder / file, peers, lambda n=name: self.expert(n)))
+                found.append(self._one(what, folder / file, peers, partial(self.expert, name)))
             result = self.bucket / keys.result(name, 1)
             peer = self.bucket / keys.result(other, 1)
             for file in ("model.safetensors", card, "config.json", "metrics.jsonl"):
                 what = "card of a committed result" if file == card else "file of a committed result"
                 peers = (peer / file, result / ("metrics.jsonl" if file != "metrics.jsonl" else card))
-                found.append(self._one(what, result / file, peers, lambda n=name: self.result(n)))
+                found.append(self._one(what, result / file, peers, partial(self.result, name)))
             commits = (self.bucket / keys.committed(other), result / card)
             committed = self.bucket / keys.committed(name)
-            found.append(self._one("committed.json", committed, commits, lambda n=name: self.result(n)))
+            found.append(self._one("committed.json", committed, commits, partial(self.result, name)))
             found += self._admitted(name, other)
         files = (self.bucket / keys.RUN, self.bucket / keys.PUBLISHED)
         published = ("run.toml", "published", "shards/", "codec/")
@@ -273,8 +274,8 @@ class Bench:
         found = []
         for name, other in (("0", "1"), ("1", "0")):
             for where, root, use in (
-                ("a run folder", self.run.expert(name) / "checkpoints", lambda n=name: self.local_checkpoint(n)),
-                ("the bucket", self.half / keys.checkpoints(name, 1), lambda n=name: self.remote_checkpoint(n)),
+                ("a run folder", self.run.expert(name) / "checkpoints", partial(self.local_checkpoint, name)),
+                ("the bucket", self.half / keys.checkpoints(name, 1), partial(self.remote_checkpoint, name)),
             ):
                 newest, older = sorted(root.iterdir(), reverse=True)[:2]
                 of_other = Path(str(newest).replace(*_other(name, other)))
@@ -289,9 +290,9 @@ class Bench:
         for name, other in (("0", "1"), ("1", "all"), ("all", "0")):
             job = "monolith" if name == "all" else name
             for where, root, use in (
-                ("a run folder", self.run.root, lambda n=job: self.shard(n)),
+                ("a run folder", self.run.root, partial(self.shard, job)),
                 ("the bucket", self.bucket, self.published),
-                ("an island's folder", self.work / "home", lambda n=job: self.island_shard(n)),
+                ("an island's folder", self.work / "home", partial(self.island_shard, job)),
             ):
                 folder = root / "shards" / name
                 for file in ("train.safetensors", "validation.safetensors", "card.json"):
@@ -310,7 +311,7 @@ class Bench:
             assert pointer is not None
             folders[job] = self.bucket / keys.ADMITTED / pointer.sha256
         pointers = tuple(self.bucket / keys.admitted(job) for job in (name, other))
-        use = lambda: self.admitted(name)  # noqa: E731
+        use = partial(self.admitted, name)
         found = [self._one("pointer to an admitted expert", pointers[0], pointers[1:], use)]
         for file in ("model.safetensors", "card.json", "config.json"):
             what = "card of an admitted expert" if file == "card.json" else "file of an admitted expert"
@@ -379,12 +380,13 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     chance, work = random.Random(seed), work / "damage"
     table: dict[str, Counter[str]] = {}
     with Record("damage", "damaged files: bit flips, truncations, missing, swapped", count, seed) as record:
-        with Zygote(work / "logs") as zygote:
+        with zygote_for(work) as zygote:
             bench = prepare(work, zygote)
             targets = bench.targets()
             for target in targets:
-                if (outcome := judge(target)) != (SAME, outcome[1]):
-                    raise RuntimeError(f"{target.what} {target.path} whole: {outcome}")
+                first, said = judge(target)
+                if first != SAME:
+                    raise RuntimeError(f"{target.what} {target.path} whole: {first}: {said}")
             sample = max(4, count // 25)
             cases = [(target, kind) for target in targets for kind in KINDS]
             cases = [case for case in cases if case[0].path.is_file() or case[1] in ("missing", "swapped")]

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from archipel import store
 from archipel.islands import keys
 from archipel.islands.bucket import Bucket
-from archipel.islands.claims import decode
+from archipel.islands.objects import decode
 from faults.common import Record, Store, environment, open_store
 
 ARCHIPEL = [sys.executable, "-m", "archipel.cli"]
@@ -152,6 +152,30 @@ def kill_all(processes: list[Process]) -> None:
         if process.wait(0) is None:
             process.send(signal.SIGCONT)
             process.kill()
+
+
+_shared: list[Zygote] = []
+
+
+@contextlib.contextmanager
+def zygote_for(work: Path) -> Iterator[Zygote]:
+    """A zygote for one fault: the one that faults of this process share, else a new one with its logs in ``work``."""
+    if _shared:
+        yield _shared[0]
+        return
+    with Zygote(work / "logs") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def sharing(work: Path) -> Iterator[None]:
+    """For as long as the block runs, faults share one zygote: its imports are paid once."""
+    with Zygote(work / "logs") as made:
+        _shared.append(made)
+        try:
+            yield
+        finally:
+            _shared.clear()
 
 
 # --- looking at a bucket ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from archipel.run import Run
 from faults.common import Record, Store, open_store, stores
-from faults.islands import Process, Zygote, check, kill_all, refusals, weights
+from faults.islands import Process, Zygote, check, kill_all, refusals, weights, zygote_for
 from faults.runs import make_run
 
 ISLANDS = 3
@@ -156,7 +156,7 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     what = f"kill -9 at random moments across {ISLANDS} islands, on a folder and on S3"
     steps, every = (400, 20) if count >= 50 else (160, 10)
     work = work / "kills"
-    with Record("kills", what, count, seed) as record, Zygote(work / "logs") as zygote:
+    with Record("kills", what, count, seed) as record, zygote_for(work) as zygote:
         run = make_run(work / "run", steps=steps, every=every, lease=6.0)
         wanted = undisturbed(run, zygote, work)
         number = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.common import Record, Store, stores
-from faults.islands import Process, Zygote, check, holds, kill_all, refusals
+from faults.islands import Process, Zygote, check, holds, kill_all, refusals, zygote_for
 from faults.kills import publish, undisturbed
 from faults.proxy import Proxy, Rule, rough
 from faults.runs import make_run
@@ -85,7 +85,7 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` joins of two islands each, the kinds of weather in turn; the last two are the store gone."""
     what, work = "joins of two islands through a proxy that fails, or on a store that is gone", work / "proxied"
     steps = 300 if count > 4 else 100
-    with Record("proxied", what, count, seed) as record, Zygote(work / "logs") as zygote:
+    with Record("proxied", what, count, seed) as record, zygote_for(work) as zygote:
         made = make_run(work / "run", steps=steps, every=10, lease=LEASE)
         wanted = undisturbed(made, zygote, work)
         cases = [*WEATHER, *GONE] if count >= len(WEATHER) + len(GONE) else ["everything at once", *reversed(GONE)]

@@ -32,13 +32,20 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_run(root: Path, *, steps: int, every: int, seed: int = 0, **islands: float) -> Run:
+def make_run(root: Path, *, steps: int, every: int, others: int = 0, seed: int = 0, **islands: float) -> Run:
     """A run whose jobs are two experts and the router of ``steps`` steps and the monolith of about as many.
 
-    A checkpoint is written every ``every`` steps. The same arguments give the same bytes.
+    ``others``: steps of router and monolith, where not those. A checkpoint is written every ``every`` steps. The
+    same arguments give the same bytes.
     """
     pace = {"steps": steps, "checkpoint_every": every, "validate_every": max(10, steps // 4)}
-    over: dict[str, Any] = {"run": {"seed": seed}, "expert": pace, "router": pace, "islands": islands}
+    over: dict[str, Any] = {
+        "run": {"seed": seed},
+        "expert": pace,
+        "router": pace | {"steps": others or steps},
+        "monolith": {"steps": others},
+        "islands": islands,
+    }
     run = Run.create(root, budget.resolve(config.build(config.merge(SMALL, over))))
     for name in (*run.expert_names, MONOLITH):
         _write_shard(run, name)

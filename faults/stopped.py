@@ -15,7 +15,7 @@ from typing import Any
 from archipel.islands import keys
 from archipel.run import Run
 from faults.common import Record, Store, stores
-from faults.islands import Zygote, check, holds, kill_all, opened
+from faults.islands import Zygote, check, holds, kill_all, opened, zygote_for
 from faults.kills import publish, undisturbed
 from faults.proxied import finish, through
 from faults.proxy import Proxy, Rule
@@ -124,8 +124,8 @@ def _one(record: Record, zygote: Zygote, run: Run, wanted: dict[str, str], mode:
 def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` sleeps, two at a time; a third at random moments, the rest around the commit."""
     what, work = "islands stopped (SIGSTOP) past their lease and woken after a successor took over", work / "stopped"
-    with Record("stopped", what, count, seed) as record, Zygote(work / "logs") as zygote:
-        made = make_run(work / "run", steps=300 if count > 4 else 120, every=10, lease=LEASE)
+    with Record("stopped", what, count, seed) as record, zygote_for(work) as zygote:
+        made = make_run(work / "run", steps=300 if count > 4 else 120, every=10, others=60, lease=LEASE)
         wanted = undisturbed(made, zygote, work)
         modes = [RANDOM, BEFORE, AFTER]
 

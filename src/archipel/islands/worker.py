@@ -205,7 +205,7 @@ def _attempt(island: Island, held: Claim, state: State) -> None:
         say(f"job {name}: {error}")
         logger.warning("job %s: %s", name, error)
     except (ArchipelError, OSError) as error:
-        island.failed[name] = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        island.failed[name] = _of_disk(error, island.run.root) if isinstance(error, OSError) else str(error)
         logger.error("job %s failed here: %s", name, island.failed[name])
         say(f"job {name} failed here: {island.failed[name]}")
     else:
@@ -291,6 +291,13 @@ def _send_result(objects: Objects, run: Run, held: Claim) -> str:
 
 
 # --- what others and the card see ------------------------------------------------------------------------------------
+
+
+def _of_disk(error: OSError, folder: Path) -> str:
+    return (
+        f"{error.filename or folder} cannot be used ({error.strerror or error}): make it writable or free space, then start "
+        "again; what was finished is kept"
+    )
 
 
 def _seen(run: Run, name: str, *connections: Objects) -> dict[str, Any]:
