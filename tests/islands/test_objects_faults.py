@@ -11,24 +11,25 @@ from pathlib import Path
 
 import pytest
 from faults.proxy import Proxy, Rule, rough
+from faults.raw import races
 from faults.servers import GcsEmulator, MotoServer, Server, free_port
 
 from archipel.errors import DamagedError, Stopped
 from archipel.islands.objects import AwayError, IgnoresConditionsError, Objects, StoreError
 
 FAULTS = [
-    Rule("status", status=500, first=3),
-    Rule("status", status=503, first=3),
-    Rule("status", status=429, first=3),
-    Rule("status", status=409, first=3, methods=("PUT",)),
-    Rule("status", status=408, first=3),
-    Rule("status-after", status=500, first=3),
-    Rule("status-after", status=409, first=3, methods=("PUT",)),
-    Rule("drop", first=3),
-    Rule("lose", first=3),
-    Rule("cut", first=3),
-    Rule("slow", first=3, seconds=0.3),
-    Rule("trickle", first=3, seconds=0.3),
+    Rule("status", status=500, first=2),
+    Rule("status", status=503, first=2),
+    Rule("status", status=429, first=2),
+    Rule("status", status=409, first=2, methods=("PUT",)),
+    Rule("status", status=408, first=2),
+    Rule("status-after", status=500, first=2),
+    Rule("status-after", status=409, first=2, methods=("PUT",)),
+    Rule("drop", first=2),
+    Rule("lose", first=2),
+    Rule("cut", first=2),
+    Rule("slow", first=2, seconds=0.3),
+    Rule("trickle", first=2, seconds=0.3),
 ]
 
 
@@ -68,7 +69,7 @@ def test_exactly_one_wins_whatever_happens_to_the_answers(proxy: Proxy, s3_url: 
     proxy.rules = []
     assert len(won) == 1
     assert objects[0].get("jobs/2/claims/00000001.json") == b"nonce of %d" % won[0]
-    assert proxy.counts[rule.label] >= 3
+    assert proxy.counts[rule.label] >= 2
 
 
 @pytest.mark.parametrize("rule", [*FAULTS, Rule("corrupt", first=1, methods=("GET",))], ids=lambda rule: rule.label)
@@ -102,7 +103,7 @@ def test_a_whole_job_in_bad_weather(proxy: Proxy, s3_url: str) -> None:
     """Each fault on 4 % of all requests: claims have one winner, and what was put is there."""
     proxy.rules = rough(0.04, seconds=0.05)
     objects = [opened(s3_url) for _ in range(3)]
-    for fence in range(1, 13):
+    for fence in range(1, 9):
         key = f"jobs/2/claims/{fence:08d}.json"
         won = race(objects, key)
         assert len(won) == 1
@@ -110,9 +111,9 @@ def test_a_whole_job_in_bad_weather(proxy: Proxy, s3_url: str) -> None:
         for step in range(3):
             objects[won[0]].put(f"jobs/2/{fence:08d}/checkpoints/{step:08d}", b"%d" % step)
     keys = [entry.key for entry in objects[1].list("jobs/2")]
-    assert len(keys) == 12 + 36
+    assert len(keys) == 8 + 24
     struck = sum(count for label, count in proxy.counts.items() if label != "requests")
-    assert struck >= 20, proxy.counts
+    assert struck >= 12, proxy.counts
 
 
 def test_a_store_that_goes_and_comes_back_is_waited_for(
@@ -176,6 +177,37 @@ def test_a_wait_ends_when_asked_to_stop(proxy: Proxy, s3_url: str) -> None:
     with pytest.raises(Stopped, match="everything is kept"):
         objects.get("a")
     assert time.monotonic() - asked < 30
+
+
+def test_a_long_fetch_ends_when_asked_and_goes_on_there(proxy: Proxy, s3_url: str, tmp_path: Path) -> None:
+    data = hashlib.shake_256(b"long").digest(17 << 20)  # three pieces
+    objects = opened(s3_url)
+    objects.put("model", data)
+    pieces: list[int] = []
+    objects.give_up = lambda: len(pieces) == 2
+    whole = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    with pytest.raises(Stopped, match="goes on there"):
+        objects.fetch("model", tmp_path / "model", on_bytes=pieces.append, **whole)  # type: ignore[arg-type]
+    again = opened(s3_url)
+    again.fetch("model", tmp_path / "model", **whole)  # type: ignore[arg-type]
+    assert again.traffic.received == 1 << 20 and (tmp_path / "model").read_bytes() == data
+
+
+def test_a_list_without_end_is_refused(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from archipel.islands import objects as module
+
+    monkeypatch.setattr(module, "_MANY", 3)
+    objects = opened(s3_url)
+    for number in range(4):
+        objects.put(f"many/{number}", b"")
+    with pytest.raises(DamagedError, match="holds more than 3 objects"):
+        objects.list("many")
+
+
+def test_by_plain_http_the_tests_own_store_has_one_winner(s3_server: Server) -> None:
+    """What is blamed first where a race has two winners: `python -m faults.raw` asks moto as it comes, too."""
+    bucket = s3_server.make_bucket("raw")
+    assert races(s3_server.endpoint, bucket, 8, 16) == {"one": 8, "several": 0, "none": 0, "most": 1}
 
 
 def test_a_request_that_hangs_is_tried_again(proxy: Proxy, s3_url: str) -> None:

@@ -32,7 +32,9 @@ from archipel.islands.urls import check_url, connect, http_date, local_root
 
 SMALL = 4 << 20  # bytes: bound of what `get` reads into memory unless told otherwise
 PATIENCE = 600.0  # seconds that a store may stay away before work ends
+MOST = 200_000  # objects in one listing: far more than any job writes, and few enough to hold
 _CHUNK = 8 << 20  # bytes moved by one request: what a broken transfer loses at most
+_MANY = 1_000_000  # keys listed at most: a hostile store may have no last page
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 T = TypeVar("T")
 Keys = list[str]
@@ -152,6 +154,8 @@ class Objects:
                 part.unlink()
             with open(part, "ab") as file:
                 while (have := file.tell()) < size:
+                    if self.give_up():
+                        raise Stopped(f"stopped while fetching {key}; the next start goes on there")
                     end = min(size, have + _CHUNK)
                     piece = self._again(f"get {key}", key, functools.partial(self._range, key, have, end))
                     if len(piece) != end - have:
@@ -170,7 +174,10 @@ class Objects:
                 )
 
     def list(self, prefix: str) -> Entries:
-        """All objects below a prefix ("jobs/2") that can be a run's, sorted by key. Raises StoreError."""
+        """All objects below a prefix ("jobs/2") that can be a run's, sorted by key.
+
+        Raises StoreError, DamagedError for a listing of more than ``MOST``, which a stranger may have filled.
+        """
         check_key(prefix)
         return self._again(f"list {prefix}", prefix, lambda: self._list(prefix))
 
@@ -290,9 +297,15 @@ class Objects:
         self.traffic.count("list")
         if self.root is not None:
             return _walk(self.root, prefix)
-        entries = []
+        entries: Entries = []
+        seen = 0
         for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
+            seen += len(chunk)
+            if seen > MOST:
+                raise _endless(prefix, self.url)
             for meta in chunk:
+                if len(entries) >= _MANY:
+                    raise DamagedError(f"{prefix} in {self.url} holds more than {_MANY} objects: no run has so many")
                 with contextlib.suppress(ArchipelError):  # nothing of ours has such a name
                     entries.append(Entry(check_key(meta["path"]), meta["size"], meta["last_modified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
@@ -393,7 +406,10 @@ class _Waits:
             ) from None
         if self.count == 4 and not o._said_away:
             o._said_away = True
-            print(f"the store does not answer ({words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no work
+                print(
+                    f"the store does not answer ({words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr
+                )
         pause = min(10.0, 0.1 * 2**self.count, max(0.05, o.patience - gone)) * random.uniform(0.5, 1.0)
         self.count += 1
         until = time.monotonic() + pause
@@ -413,8 +429,12 @@ def _sha256(path: Path) -> str:
 
 def _walk(root: Path, prefix: str) -> Entries:
     """The files below a prefix of a folder; links are passed over, not followed (the disk's client would, in circles)."""
-    entries = []
-    for place, _, names in os.walk(root / prefix):
+    entries: Entries = []
+    seen = 0
+    for place, folders, names in os.walk(root / prefix):
+        seen += len(folders) + len(names)
+        if seen > MOST:
+            raise _endless(prefix, str(root))
         for name in names:
             path = Path(place, name)
             key = path.relative_to(root).as_posix()
@@ -423,6 +443,12 @@ def _walk(root: Path, prefix: str) -> Entries:
                 if stat.S_ISREG(status.st_mode):
                     entries.append(Entry(check_key(key), status.st_size, status.st_mtime))
     return sorted(entries, key=lambda entry: entry.key)
+
+
+def _endless(prefix: str, where: str) -> DamagedError:
+    return DamagedError(
+        f"{prefix} in {where} holds more than {MOST} objects, which no run does: look who filled it, and remove what is not yours"
+    )
 
 
 def _sync(root: Path, key: str) -> None:
