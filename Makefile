@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2  # processes of make test; each computes with one thread
 
 .PHONY: help setup setup-sky setup-ray demo test test-system test-ray check bench faults docs clean
 
@@ -48,7 +49,7 @@ demo: setup
 	$(BIN)/archipel demo demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not system and not ray"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not system and not ray"
 
 test-system: setup
 	./.ci/system-packages

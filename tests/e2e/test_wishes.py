@@ -65,8 +65,10 @@ def test_several_clips_as_webp(finished: Path, tmp_path: Path, inside: Inside) -
 
 def test_a_run_that_is_trained_in_part_generates_what_it_can(copy: Path, tmp_path: Path, inside: Inside) -> None:
     shutil.rmtree(copy / "experts" / "1")
-    code, said = inside("generate", copy, "a ball", "-o", tmp_path / "a.gif")
-    assert code == 2 and "archipel train" in said and " 1`" in said, said
+    code, said = inside("generate", copy, "a ball", "--steps", 1, "-o", tmp_path / "a.gif")
+    assert code == 0 and "1 of 2 experts missing" in said and "archipel train" in said and " 1`" in said, said
+    code, said = inside("generate", copy, "a ball", "--strategy", "expert-1", "-o", tmp_path / "b.gif")
+    assert code == 2 and "archipel train" in said and not (tmp_path / "b.gif").exists(), said
     words = ["a ball", "--strategy", "monolith", "--steps", 1, "-o", tmp_path / "frames"]
     assert inside("generate", copy, *words)[0] == 0
     assert len(list((tmp_path / "frames").glob("*.png"))) == 4
@@ -91,7 +93,7 @@ def test_verify_names_damaged_files_and_they_are_not_used(copy: Path, tmp_path: 
 
 def test_cards_of_a_newer_format_are_refused_by_every_verb(copy: Path, tmp_path: Path, inside: Inside) -> None:
     path = copy / "experts" / "0" / "card.json"
-    store.write_json(path, {**store.read_json(path), "format": 8})
+    store.write_sealed(path, {**store.read_json(path), "format": 8})
     made = ["generate", copy, "a ball", "-o", tmp_path / "a.gif"]
     for verb in (["run", copy], ["status", copy], ["train", copy, "0"], ["verify", copy], ["report", copy], made):
         code, said = inside(*verb)
