@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -71,6 +72,7 @@ def main() -> None:
         parser.error("--share lies above 0, and at most 1")
     records: dict[str, Any] = {}
     failed = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         if set(names) - {"races"}:

@@ -14,7 +14,7 @@ from typing import Any
 from archipel import store
 
 ORDER = ("races", "kills", "damage", "proxied", "stopped", "network", "disk", "clocks")
-SHOWN = 24  # refusals quoted of each fault
+SHOWN = 40  # refusals quoted of each fault
 
 
 def cell(value: Any) -> str:
@@ -57,7 +57,10 @@ def section(name: str, record: dict[str, Any]) -> str:
     lines = [*table(_totalled(record["rows"])), ""]
     lines += [f"- {key}: {cell(value)}" for key, value in record["facts"].items()]
     lines += [f"- problem: {cell(text)}" for text in record["problems"]]
-    quoted = list(record["refusals"].items())[:SHOWN]
+    quoted = sorted(record["refusals"].items())
+    if name == "damage":  # one of each kind of file
+        quoted = list({kind.rpartition(", ")[0]: (kind, text) for kind, text in reversed(quoted)}.values())[::-1]
+    quoted = quoted[:SHOWN]
     if quoted:
         lines += ["", "What was said, one of each kind:" if name != "damage" else "What was said, for example:", ""]
         lines += [f"- {_said(text)}" + (f" ({kind})" if name == "damage" else "") for kind, text in quoted]
