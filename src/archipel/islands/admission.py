@@ -186,7 +186,11 @@ class _Bucket:
         """The committed result, held to its claim. Raises Refusal("fence")."""
         key = keys.committed(self.name, self.opening)
         with _refusing("size", key):
-            data = self.objects.get(key, _COMMIT)
+            try:
+                data = self.objects.get(key, _COMMIT)
+            except DamagedError:
+                self.found = True  # islands count it as done, so that it must be possible to reopen
+                raise
         if data is None:
             raise Refusal("fence", f"job {self.name} has no committed result yet")
         self.found = True
