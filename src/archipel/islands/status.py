@@ -34,7 +34,7 @@ def _row(state: State, steps: int, now: float | None, refused: set[str]) -> dict
     kind = "done" if state.done else "free" if state.released else "claimed"
     if kind == "done" and keys.refused(state.name, int(fence or 0)) in refused:
         kind = "refused"
-    step = steps if kind == "done" else min(int(step), steps)
+    step = steps if kind == "done" else min(max(int(step), 0), steps)
     return {
         "name": state.name,
         "state": kind,
@@ -44,7 +44,7 @@ def _row(state: State, steps: int, now: float | None, refused: set[str]) -> dict
         "steps": steps,
         "loss": loss,
         "steps_per_s": speed,
-        "left_s": round((steps - step) / speed, 1) if kind == "claimed" and speed else None,
+        "left_s": _left(steps - step, speed) if kind == "claimed" else None,
         "last_seen_s": None if now is None or state.seen is None else round(max(0.0, now - state.seen), 3),
     }
 
@@ -56,6 +56,11 @@ def _holder(state: State) -> str | None:
     if not isinstance(name, str):
         return None
     return "".join(c for c in name if c.isascii() and (c.isalnum() or c in "-_"))[:64] or None
+
+
+def _left(steps: int, speed: float | None) -> float | None:
+    """Seconds; None where the speed is none that a training has: what follows would be no number, or no time."""
+    return round(steps / speed, 1) if speed is not None and speed >= 1e-6 else None
 
 
 def _number(value: Any) -> float | int | None:
