@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archipel import FORMAT
-from archipel.errors import ArchipelError
+from archipel.errors import ArchipelError, DamagedError, Stopped
 from archipel.islands import keys
 from archipel.islands.objects import Objects, decode, encode
 
 logger = logging.getLogger("archipel")
 WORKING, RELEASED, DONE = "working", "released", "done"
+_SAID = 64 << 10  # bytes of a claim, a heartbeat or a commit: more is no word of an island
 
 
 class LostError(ArchipelError):
@@ -88,26 +89,27 @@ def chain(fences: set[int]) -> int:
 def read_state(objects: Objects, name: str) -> State:
     """A job's state: one listing of its keys, and the few small objects that say who and what. Raises StoreError."""
     entries = {entry.key: entry for entry in objects.list(keys.job(name))}
-    openings = [n for n in range(1, len(entries) + 1) if keys.reopened(name, n) in entries]
-    opening = max(openings, default=0)
-    above = decode(objects.get(keys.reopened(name, opening))).get("above") if opening else 0
+    opening = 0
+    while keys.reopened(name, opening + 1) in entries:  # without a gap, as `admit` counts
+        opening += 1
+    above = _said(objects, keys.reopened(name, opening)).get("above") if opening else 0
     fence = chain({number for key in entries if (number := keys.fence_of(key)) is not None})
     ours = keys.committed(name, opening)
     # It is never replaced: an unreadable one is a result that `admit` refuses, and no reason to train the job again.
-    committed = (decode(objects.get(ours)) or {"damaged": ours}) if ours in entries else {}
+    committed = (_said(objects, ours) or {"damaged": ours}) if ours in entries else {}
     holder: dict[str, Any] = {}
     beat: dict[str, Any] = {}
     seen = None
     if fence:
-        holder = decode(objects.get(keys.claim(name, fence)))
+        holder = _said(objects, keys.claim(name, fence))
         shown = [entries[key] for key in (keys.claim(name, fence), keys.heartbeat(name, fence)) if key in entries]
         seen = max(entry.modified for entry in shown)
         if keys.heartbeat(name, fence) in entries:
-            beat = decode(objects.get(keys.heartbeat(name, fence)))
+            beat = _said(objects, keys.heartbeat(name, fence))
         if beat.get("nonce") != holder.get("nonce"):  # written by somebody else: it keeps nothing alive
             beat = {}
     if not committed and beat.get("state") == DONE:  # committed since we listed: not to be trained once more
-        committed = decode(objects.get(ours))
+        committed = _said(objects, ours)
     return State(
         name,
         fence,
@@ -119,6 +121,15 @@ def read_state(objects: Objects, name: str) -> State:
         seen,
         tuple(entries),
     )
+
+
+def _said(objects: Objects, key: str) -> dict[str, Any]:
+    """A small JSON object that anybody may have written; {} for none, for anything else, and for more than a few words."""
+    try:
+        return decode(objects.get(key, _SAID))
+    except DamagedError as error:
+        logger.warning("%s is passed over: %s", key, error)
+        return {}
 
 
 def claim(objects: Objects, state: State, island: str) -> Claim | None:
@@ -151,7 +162,8 @@ class Watcher:
             return False
         if state.released:
             return True
-        mark, now = (state.fence, state.heartbeat.get("counter")), self._now()
+        # By its text: NaN, which a stranger may write, differs from itself and would look alive for ever.
+        mark, now = (state.fence, repr(state.heartbeat.get("counter"))), self._now()
         before = self._seen.get(state.name)
         if before is None or before[0] != mark:
             self._seen[state.name] = (mark, now)
@@ -196,7 +208,13 @@ class Holder:
         self._thread = threading.Thread(target=self._run, name=f"heartbeat {claim.name}", daemon=True)
 
     def __enter__(self) -> Holder:
-        self._beat(WORKING)
+        try:
+            self._beat(WORKING)
+        except (Stopped, KeyboardInterrupt):  # not cut short by the stop: others would wait for a lease
+            self._objects.give_up = lambda: False
+            with contextlib.suppress(Exception):
+                self._beat(RELEASED)
+            raise
         self._thread.start()
         return self
 
@@ -260,6 +278,13 @@ class Holder:
             self._renewed = sent
 
     def _run(self) -> None:
+        try:
+            self._beats()
+        except BaseException as error:  # a holder that nobody sees alive any more must not go on for hours
+            logger.exception("job %s: the heartbeat ended", self.claim.name)
+            self._lose(f"its heartbeat ended ({error!r})")
+
+    def _beats(self) -> None:
         trouble = False
         while not self._stop.wait(self.every):
             if self.lost is not None:
@@ -274,4 +299,5 @@ class Holder:
             except Exception as error:  # the store is away, or says no: the lease decides
                 trouble = True
                 logger.warning("job %s: heartbeat: %s", self.claim.name, error)
-                print(f"job {self.claim.name}: the heartbeat did not go through ({error})", file=sys.stderr)
+                with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                    print(f"job {self.claim.name}: the heartbeat did not go through ({error})", file=sys.stderr)
