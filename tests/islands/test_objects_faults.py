@@ -196,7 +196,7 @@ def test_a_long_fetch_ends_when_asked_and_goes_on_there(proxy: Proxy, s3_url: st
 def test_a_list_without_end_is_refused(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from archipel.islands import objects as module
 
-    monkeypatch.setattr(module, "_MANY", 3)
+    monkeypatch.setattr(module, "MOST", 3)
     objects = opened(s3_url)
     for number in range(4):
         objects.put(f"many/{number}", b"")

@@ -13,11 +13,9 @@ import json
 import os
 import random
 import re
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +24,8 @@ from archipel.islands.answers import ABSENT, AGAIN, DENIED, FINAL, SHORT, TAKEN,
 from archipel.islands.answers import AwayError as AwayError
 from archipel.islands.answers import IgnoresConditionsError as IgnoresConditionsError
 from archipel.islands.answers import StoreError as StoreError
+from archipel.islands.folder import Entries, Folder
+from archipel.islands.folder import Entry as Entry
 from archipel.islands.keys import check_key
 from archipel.islands.traffic import Traffic as Traffic
 from archipel.islands.urls import check_url, connect, http_date, local_root
@@ -34,22 +34,9 @@ SMALL = 4 << 20  # bytes: bound of what `get` reads into memory unless told othe
 PATIENCE = 600.0  # seconds that a store may stay away before work ends
 MOST = 200_000  # objects in one listing: far more than any job writes, and few enough to hold
 _CHUNK = 8 << 20  # bytes moved by one request: what a broken transfer loses at most
-_MANY = 1_000_000  # keys listed at most: a hostile store may have no last page
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 T = TypeVar("T")
 Keys = list[str]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A listed object: its key, size in bytes and the store's own timestamp (POSIX seconds)."""
-
-    key: str
-    size: int
-    modified: float
-
-
-Entries = list[Entry]
 
 
 class Objects:
@@ -65,7 +52,7 @@ class Objects:
         self.give_up: Callable[[], bool] = lambda: False
         self._store, self._endpoint = store, endpoint
         self._said_away = False
-        self._folder = _identity(root) if root is not None else None
+        self._folder = Folder(root) if root is not None else None
         self._timeout = timeout
 
     @classmethod
@@ -211,15 +198,8 @@ class Objects:
 
     def now(self) -> float | None:
         """The store's own time (POSIX seconds), for ages that people see; None where it cannot be had."""
-        if self.root is not None:
-            with contextlib.suppress(OSError):
-                mark = self.root / f".clock-{os.urandom(6).hex()}"
-                mark.touch()
-                try:
-                    return mark.stat().st_mtime
-                finally:
-                    mark.unlink(missing_ok=True)
-            return None
+        if self._folder is not None:
+            return self._folder.now()
         return http_date(self._endpoint)
 
     # --- the single tries -----------------------------------------------------------------------------------------
@@ -227,7 +207,8 @@ class Objects:
     def _put(self, key: str, data: bytes | Path, create: bool) -> None:
         import obstore
 
-        self._look(key)
+        if self._folder is not None:
+            self._folder.look(key)
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         if create:
             self.traffic.count("create", sent=size)
@@ -243,13 +224,14 @@ class Objects:
                 if no_bucket(error):
                     raise
                 raise _TornUploadError(words(error)) from None  # its end was taken before, and the answer lost
-        if self.root is not None:
-            _sync(self.root, key)
+        if self._folder is not None:
+            self._folder.sync(key)
 
     def _get(self, key: str, limit: int) -> bytes | None:
         import obstore
 
-        self._look(key)
+        if self._folder is not None:
+            self._folder.look(key)
         self.traffic.count("get")
         try:
             found = obstore.get(self._store, key)
@@ -266,7 +248,8 @@ class Objects:
     def _range(self, key: str, begin: int, end: int) -> bytes:
         import obstore
 
-        self._look(key)
+        if self._folder is not None:
+            self._folder.look(key)
         self.traffic.count("get")
         try:
             data = bytes(obstore.get_range(self._store, key, start=begin, end=end))
@@ -282,7 +265,8 @@ class Objects:
     def _remove(self, key: str) -> None:
         import obstore
 
-        self._look(key)
+        if self._folder is not None:
+            self._folder.look(key)
         self.traffic.count("delete")
         try:
             obstore.delete(self._store, key)
@@ -293,10 +277,14 @@ class Objects:
     def _list(self, prefix: str) -> Entries:
         import obstore
 
-        self._look(prefix)
+        if self._folder is not None:
+            self._folder.look(prefix)
         self.traffic.count("list")
-        if self.root is not None:
-            return _walk(self.root, prefix)
+        if self._folder is not None:
+            found = self._folder.walk(prefix, MOST)
+            if found is None:
+                raise _endless(prefix, self.url)
+            return found
         entries: Entries = []
         seen = 0
         for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
@@ -304,8 +292,6 @@ class Objects:
             if seen > MOST:
                 raise _endless(prefix, self.url)
             for meta in chunk:
-                if len(entries) >= _MANY:
-                    raise DamagedError(f"{prefix} in {self.url} holds more than {_MANY} objects: no run has so many")
                 with contextlib.suppress(ArchipelError):  # nothing of ours has such a name
                     entries.append(Entry(check_key(meta["path"]), meta["size"], meta["last_modified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
@@ -346,33 +332,9 @@ class Objects:
         """The store for uploads in parts: one part that fails is sent again, not the whole file."""
         return connect(self.url, self._timeout, retries=8)[0]
 
-    def _look(self, key: str) -> None:
-        """Local disk: the folder must be the one that was opened, and no part of a key a link, which could lead out."""
-        if self.root is None:
-            return
-        if self._folder != _identity(self.root):  # unmounted: an empty folder would look like a run nobody has begun
-            raise _FolderGoneError(f"the folder {self.root} is not there any more, or is another one")
-        path = self.root
-        for part in key.split("/"):
-            path = path / part
-            if path.is_symlink():
-                raise DamagedError(f"{path} is a link: a store holds files only; remove it")
-
 
 class _TornUploadError(Exception):
     """An upload in parts that the store does not know any more: begin it again."""
-
-
-class _FolderGoneError(Exception):
-    """The store's folder is away: it may come back."""
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
@@ -427,42 +389,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _walk(root: Path, prefix: str) -> Entries:
-    """The files below a prefix of a folder; links are passed over, not followed (the disk's client would, in circles)."""
-    entries: Entries = []
-    seen = 0
-    for place, folders, names in os.walk(root / prefix):
-        seen += len(folders) + len(names)
-        if seen > MOST:
-            raise _endless(prefix, str(root))
-        for name in names:
-            path = Path(place, name)
-            key = path.relative_to(root).as_posix()
-            with contextlib.suppress(FileNotFoundError, ArchipelError):  # removed just now; no name of ours
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode):
-                    entries.append(Entry(check_key(key), status.st_size, status.st_mtime))
-    return sorted(entries, key=lambda entry: entry.key)
-
-
 def _endless(prefix: str, where: str) -> DamagedError:
     return DamagedError(
         f"{prefix} in {where} holds more than {MOST} objects, which no run does: look who filled it, and remove what is not yours"
     )
-
-
-def _sync(root: Path, key: str) -> None:
-    """Make a local object survive a power cut: the file and the folders above it, up to the root."""
-    path = root / key
-    for place in (path, *path.parents):
-        with contextlib.suppress(FileNotFoundError):  # replaced by another writer just now
-            handle = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        if place == root:
-            return
 
 
 @contextlib.contextmanager
