@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from archipel.errors import ArchipelError, Stopped
 from archipel.islands.objects import Objects
 
 logger = logging.getLogger("archipel")
@@ -28,7 +28,8 @@ class Outbox:
 
     def __init__(self, objects: Objects, folder: Path, key: Callable[[int], str]) -> None:
         self._objects, self._folder, self._key = objects, folder, key
-        self._waiting: int | None = None
+        self._waiting: tuple[int, Path] | None = None
+        self._number = itertools.count()
         self._busy = False
         self._closed = False
         self._turn = threading.Condition()
@@ -36,8 +37,10 @@ class Outbox:
         self.sent: list[int] = []
 
     def __enter__(self) -> Outbox:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a process that was killed
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: an earlier attempt's thread may still be busy with its last upload.
+        self._folder = Path(tempfile.mkdtemp(dir=self._folder))
         self._thread.start()
         return self
 
@@ -50,21 +53,25 @@ class Outbox:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, checkpoint: Path) -> None:
-        """Queue a committed checkpoint in place of an older one that still waits. Costs two links."""
-        step = int(checkpoint.name)
-        target = self._folder / checkpoint.name
-        target.mkdir(exist_ok=True)
-        for file in _FILES:
-            with contextlib.suppress(FileExistsError):
+        """Queue a committed checkpoint in place of an older one that still waits. Costs two links; where the disk has no
+        room for them it is not sent, and training goes on."""
+        step, target = int(checkpoint.name), self._folder / f"{next(self._number)}"
+        try:
+            target.mkdir()
+            for file in _FILES:
                 try:
                     os.link(checkpoint / file, target / file)
                 except OSError:  # a file system without links
                     shutil.copyfile(checkpoint / file, target / file)
+        except OSError as error:
+            logger.warning("checkpoint %d is not sent: %s", step, error)
+            shutil.rmtree(target, ignore_errors=True)
+            return
         with self._turn:
-            before, self._waiting = self._waiting, step
+            before, self._waiting = self._waiting, (step, target)
             self._turn.notify_all()
-        if before is not None and before != step:
-            shutil.rmtree(self._folder / f"{before:08d}", ignore_errors=True)
+        if before is not None:
+            shutil.rmtree(before[1], ignore_errors=True)
 
     def drop(self) -> None:
         """Forget what waits: the result follows, and is worth more. What is being sent is sent."""
@@ -90,21 +97,20 @@ class Outbox:
                     self._turn.wait()
                 if self._closed and self._waiting is None:
                     return
-                step, self._waiting, self._busy = self._waiting, None, True
-            assert step is not None
+                job, self._waiting, self._busy = self._waiting, None, True
+            assert job is not None
             try:
-                self._send(step)
+                self._send(*job)
             finally:
                 with self._turn:
                     self._busy = False
                     self._turn.notify_all()
 
-    def _send(self, step: int) -> None:
-        folder = self._folder / f"{step:08d}"
+    def _send(self, step: int, folder: Path) -> None:
         try:
             for file in _FILES:
                 self._objects.put(f"{self._key(step)}/{file}", folder / file)
             self.sent.append(step)
-        except (ArchipelError, OSError, Stopped) as error:  # a later one will do; training must not end for this
+        except Exception as error:  # a later one will do; neither training nor this thread must end for it
             logger.warning("checkpoint %d could not be sent: %s", step, error)
         shutil.rmtree(folder, ignore_errors=True)
