@@ -11,6 +11,7 @@ from archipel import FORMAT, store
 from archipel.errors import ArchipelError, DamagedError
 from archipel.islands import keys
 from archipel.islands.objects import Objects, encode
+from archipel.islands.urls import check_url, local_root
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, Run
 
@@ -53,6 +54,9 @@ def publish(run: Run, url: str, stop: StopFlag) -> Published:
     The store is probed first, the list of files (``published.json``) is created last. Raises ArchipelError for a prefix that
     holds another run, Stopped with everything kept, StoreError.
     """
+    folder = local_root(check_url(url))
+    if folder is not None and folder.resolve() == run.root.resolve():
+        raise ArchipelError(f"{url} is the run's own folder: publish to another, such as {run.root / 'store'}")
     files = to_send(run)
     objects = Objects.open(url, make=True)
     objects.give_up = lambda: bool(stop)
