@@ -105,8 +105,8 @@ def join(
         sign=_signer(key),
         local=Local(device=device, precision=precision, micro_batch=micro_batch, threads=threads, gpus=gpus),
     )
-    with StopFlag() as stop:
-        bucket = Bucket.open(url, run_id)
+    with StopFlag(options.seconds) as stop:
+        bucket = Bucket.open(url, run_id, give_up=lambda: bool(stop))
         finished = work_on(bucket, options, stop)
     say(f"finished here: {', '.join(finished) or 'nothing'}")
 
@@ -145,6 +145,7 @@ def _signer(key: Path | None) -> Any:
         return None
     from archipel.islands.trust import sign
 
+    sign(key, b"")  # a key that cannot be used is told now, not after hours of training
     return lambda payload: sign(key, payload)
 
 

@@ -45,13 +45,22 @@ class Bucket:
     run_toml: bytes
 
     @classmethod
-    def open(cls, url: str | Path, run_id: str | None = None, *, patience: float = PATIENCE) -> Bucket:
+    def open(
+        cls,
+        url: str | Path,
+        run_id: str | None = None,
+        *,
+        patience: float = PATIENCE,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Bucket:
         """Read run.toml and published.json of a bucket or folder; ``run_id`` (or its first 8 characters or more) pins
-        which run it must be.
+        which run it must be; ``give_up`` ends waits for the store.
 
         Raises ArchipelError where there is no published run or another one, StoreError, DamagedError.
         """
-        return cls.read(Objects.open(url, patience=patience), run_id)
+        objects = Objects.open(url, patience=patience)
+        objects.give_up = give_up
+        return cls.read(objects, run_id)
 
     @classmethod
     def read(cls, objects: Objects, run_id: str | None = None) -> Bucket:

@@ -57,8 +57,7 @@ def pull(
     ``admit`` is asked about each committed job that is not admitted. Raises ArchipelError where the folder holds another
     run or other shards than were published, LockedError where a job is being trained there, StoreError, Stopped.
     """
-    bucket = Bucket.open(url, run_id)
-    bucket.objects.give_up = lambda: bool(stop)
+    bucket = Bucket.open(url, run_id, give_up=lambda: bool(stop))
     run = _folder(bucket, root)
     done = Pulled(run, bucket.url)
     with store.lock(run.root / ".locks" / "pull.lock", f"pull into {run.root}"):
