@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from archipel import store
 from archipel.errors import ArchipelError, DamagedError, LockedError
-from archipel.islands import keys
+from archipel.islands import keys, network
 from archipel.islands.bucket import Bucket, File, checkpoints
 from archipel.islands.claims import Claim, State
+from archipel.islands.launch.local import steps_of
+from archipel.islands.strict import Refusal, check_finite, parse_json, read_header, shown
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
 
 logger = logging.getLogger("archipel")
 _MARK = "attempt.json"  # in a job's local folder: which opening of the job it belongs to
 _MANIFEST, _STATE = "manifest.json", "state.safetensors"
+_GROUPS = frozenset({"weight", "average", "moment1", "moment2", "best"})
 _SHARD_FILES = {keys.CARD, "train.safetensors", "validation.safetensors"}
 
 
@@ -61,9 +66,15 @@ def _island_name(place: Path, wanted: str) -> str:
 def materialise(bucket: Bucket, folder: Path) -> Run:
     """The island's folder as a run: the bucket's run.toml, byte for byte."""
     path = folder / "run.toml"
-    if not path.exists() or path.read_bytes() != bucket.run_toml:
-        if path.exists():
+    if path.exists():
+        if path.read_bytes() != bucket.run_toml:
             raise ArchipelError(f"{folder} is the folder of an island of another run: give another with --work")
+        if any((folder / part).exists() for part in ("clips", "codec", "partition")):
+            raise ArchipelError(
+                f"{folder} is the folder of a run, whose experts an island would replace: give another with --work "
+                f"(`archipel train {folder}` trains there)"
+            )
+    else:
         store.write_bytes(path, bucket.run_toml)
     return Run.open(folder)
 
@@ -112,8 +123,13 @@ def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[
     """Bring the furthest good checkpoint of all attempts, unless one as far is here already. Damaged ones are named
     and passed over. Returns its (step, fence), or None where there is none to bring."""
     folder = run.expert(state.name) / "checkpoints"
-    here = max((int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / _MANIFEST).exists()), default=0)
+    here, steps = _furthest(folder), steps_of(run, state.name)
     for step, fence in checkpoints(state):
+        if step > steps:
+            logger.warning(
+                "job %s: checkpoint %d of attempt %d is beyond the end of the training", state.name, step, fence
+            )
+            continue
         if step <= here:
             return None
         if (step, fence) in refused:
@@ -130,10 +146,61 @@ def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[
     return None
 
 
+def has_checkpoint(run: Run, name: str) -> bool:
+    """Whether training would continue and not begin."""
+    return _furthest(run.expert(name) / "checkpoints") > 0
+
+
+def _furthest(folder: Path) -> int:
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / _MANIFEST).exists()), default=0)
+
+
+def _manifest(bucket: Bucket, key: str) -> dict[str, Any]:
+    """A stranger's manifest: JSON without NaN or depth, and without a character that a terminal would obey."""
+    data = bucket.objects.get(key)
+    if data is None:
+        raise DamagedError(f"{key} is missing")
+    try:
+        value = parse_json(data, key)
+    except Refusal as refusal:
+        raise DamagedError(f"{key} is damaged: {refusal.detail}") from refusal
+    if not isinstance(value, dict) or not _printable(value):
+        raise DamagedError(f"{key} is damaged: it is no manifest")
+    return value
+
+
+def _printable(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(key.isprintable() and _printable(part) for key, part in value.items())
+    if isinstance(value, list):
+        return all(_printable(part) for part in value)
+    return not isinstance(value, str) or value.isprintable()
+
+
+def _check_state(bucket: Bucket, name: str, path: Path, size: int) -> None:
+    """Only what a checkpoint of this job holds, and finite: with a NaN the job would fail on every island."""
+    wanted = network.wanted_tensors(bucket.config, name)
+    try:
+        header = read_header(path, tensors=len(_GROUPS) * len(wanted), limit=size)
+        for tensor, (shape, _, _) in header.tensors.items():
+            group, _, rest = tensor.partition("/network.")
+            if group not in _GROUPS or wanted.get(rest) != shape:
+                raise Refusal("shape", f"tensor {shown(tensor)} of shape {shown(shape)} is of another model")
+        check_finite(path, header, math.inf)
+    except Refusal as refusal:
+        raise DamagedError(f"{_STATE} is not a state of job {name}: {refusal.detail}") from refusal
+
+
+def _most(bucket: Bucket, name: str) -> int:
+    """Bytes that a checkpoint of a job can have."""
+    wanted = network.wanted_tensors(bucket.config, name)
+    return len(_GROUPS) * (4 * sum(math.prod(shape) for shape in wanted.values()) + 512 * len(wanted)) + 8192
+
+
 def _bring(bucket: Bucket, name: str, key: str, folder: Path, step: int) -> None:
     """One checkpoint: its manifest is read and checked first, and written last."""
     objects = bucket.objects
-    manifest = objects.get_json(f"{key}/{_MANIFEST}")
+    manifest = _manifest(bucket, f"{key}/{_MANIFEST}")
     if not store.sealed(manifest):
         raise DamagedError(f"{key}/{_MANIFEST} is damaged: its content is not what was written")
     if manifest.get("run") != bucket.id or manifest.get("step") != step or manifest.get("name", name) != name:
@@ -143,12 +210,15 @@ def _bring(bucket: Bucket, name: str, key: str, folder: Path, step: int) -> None
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if not isinstance(size, int) or not isinstance(sha256, str) or size <= 0:
         raise DamagedError(f"{key}/{_MANIFEST} does not say what {_STATE} is")
+    if size > _most(bucket, name):
+        raise DamagedError(f"{key}/{_STATE} is said to have {shown(size)} bytes, which no state of job {name} has")
     free = shutil.disk_usage(folder.parent.parent).free
     if size > free:
         raise ArchipelError(
             f"{key}/{_STATE} has {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free in {folder.parent}"
         )
     objects.fetch(f"{key}/{_STATE}", folder / _STATE, sha256=sha256, size=size)
+    _check_state(bucket, name, folder / _STATE, size)
     store.write_json(folder / _MANIFEST, manifest)
 
 

@@ -7,12 +7,13 @@ own, and may be killed at any moment: what it had sent is there for whoever take
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from archipel.run import ROUTER, Run
 from archipel.training.local import Local
 
 logger = logging.getLogger("archipel")
+# What a checkpoint with right checksums can make of training: its numbers or its manifest are a stranger's.
+_POISONED = ("is of another model", "is not finite")
+_TRIES = 2  # checkpoints that training may fail on before it begins from the start
 EVIDENCE = (
     "keys as logged by the store wrapper of this process; what native code opens or connects to by itself is not seen "
     "here: tests/isolation compares with strace"
@@ -104,6 +108,10 @@ def join(bucket: Bucket, options: Options, stop: StopFlag) -> list[str]:
             island = Island(bucket, run, name, options, stop, _train, watcher)
             try:
                 _work(island)
+            except Stopped as error:
+                if error.interrupted or not island.failed:
+                    raise
+                say(str(error))  # the time limit was asked for; what failed before it is told
             finally:
                 logger.info("island %s: finished %s", name, ", ".join(island.finished) or "nothing")
     if island.failed:
@@ -141,9 +149,14 @@ def _work(island: Island) -> None:
 
 def _take(island: Island, name: str) -> tuple[Claim, State] | None:
     """Claim a job that is free. None where it is done, held, or somebody was faster."""
-    state = island.bucket.state(name)
+    try:
+        state = island.bucket.state(name)
+    except DamagedError as error:  # what lies under one job's keys ends no work on others
+        _failed(island, name, str(error))
+        return None
     if state.done:
         island.done.add(name)
+        shutil.rmtree(island.run.expert(name), ignore_errors=True)  # of an attempt here that was overtaken
         return None
     mine = state.claim.get("nonce") in island.mine
     if not mine and not island.watcher.free(state):
@@ -205,9 +218,11 @@ def _attempt(island: Island, held: Claim, state: State) -> None:
         say(f"job {name}: {error}")
         logger.warning("job %s: %s", name, error)
     except (ArchipelError, OSError) as error:
-        island.failed[name] = _of_disk(error, island.run.root) if isinstance(error, OSError) else str(error)
-        logger.error("job %s failed here: %s", name, island.failed[name])
-        say(f"job {name} failed here: {island.failed[name]}")
+        _failed(island, name, _of_disk(error, island.run.root) if isinstance(error, OSError) else str(error))
+    except Exception as error:  # out of memory, or a fault of ours: the other jobs may do
+        logger.exception("job %s", name)
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        _failed(island, name, f"{type(error).__name__}: {first} (details in {island.run.log('join')})")
     else:
         island.done.add(name)
         if committed:
@@ -225,39 +240,66 @@ def _carry_out(
     bucket, run, name = Bucket.read(objects, island.bucket.id), island.run, held.name
     home.own_folder(run, held)
     home.fetch_shard(bucket, run, name, flag)
-    refused: set[tuple[int, int]] = set()
+    facts = functools.partial(_facts, island, held, objects, beats)
     with Outbox(objects, run.root / "outbox", lambda step: keys.checkpoint(name, held.fence, step)) as outbox:
-        while True:
-            resumed = home.fetch_checkpoint(bucket, run, state, refused)
-            try:
-                island.train(
-                    run,
-                    name,
-                    stop=flag,
-                    on_checkpoint=outbox.add,
-                    facts=lambda: _facts(island, held, objects, beats),
-                    local=island.options.local,
-                )
-                break
-            except Stopped:
-                if holder.lost is None:
-                    outbox.finish()
-                raise
-            except ArchipelError as error:
-                if resumed is None or "is of another model" not in str(error):
-                    raise
-                say(f"job {name}: checkpoint {resumed[0]} of attempt {resumed[1]} is passed over: {error}")
-                logger.warning("job %s: checkpoint %d of attempt %d is passed over: %s", name, *resumed, error)
-                refused.add(resumed)
-                shutil.rmtree(run.expert(name), ignore_errors=True)
-                home.own_folder(run, held)
+        try:
+            _train_from(island, held, state, bucket, outbox, facts, flag)
+        except Stopped:
+            if holder.lost is None and not outbox.finish():
+                say(f"job {name}: the last checkpoint did not reach the store in time; it is kept in {run.root}")
+            raise
         outbox.drop()
+    _own_card(run, held, facts)
     holder.check()
     sha256 = _send_result(objects, run, held)
     value: dict[str, Any] = {"key": keys.result(name, held.fence), "sha256": sha256}
     if island.options.sign is not None:
         value |= island.options.sign(signed_bytes(run.id, name, held.fence, sha256))
     return holder.commit(value)
+
+
+def _train_from(
+    island: Island,
+    held: Claim,
+    state: State,
+    bucket: Bucket,
+    outbox: Outbox,
+    facts: Callable[[], dict[str, Any]],
+    flag: StopFlag,
+) -> None:
+    """Train from the furthest good checkpoint. One that training fails on is passed over for an older one, and in the
+    end for none: its checksums are right, and yet it may be a stranger's who wants the job never to end."""
+    run, name = island.run, held.name
+    refused: set[tuple[int, int]] = set()
+    tries = 0
+    while True:
+        brought = home.fetch_checkpoint(bucket, run, state, refused)
+        resumed = home.has_checkpoint(run, name)
+        try:
+            island.train(run, name, stop=flag, on_checkpoint=outbox.add, facts=facts, local=island.options.local)
+            return
+        except (ArchipelError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if not resumed or (isinstance(error, ArchipelError) and not any(w in str(error) for w in _POISONED)):
+                raise
+            which = f"checkpoint {brought[0]} of attempt {brought[1]}" if brought else "the checkpoint kept here"
+            say(f"job {name}: {which} is passed over: {error}")
+            logger.warning("job %s: %s is passed over: %r", name, which, error)
+            if brought:
+                refused.add(brought)
+            tries += _POISONED[0] not in str(error)  # which shows at once, and costs nothing to try again
+            if tries == _TRIES:
+                state = replace(state, keys=())
+            outbox.drop()
+            shutil.rmtree(run.expert(name), ignore_errors=True)
+            home.own_folder(run, held)
+
+
+def _own_card(run: Run, held: Claim, facts: Callable[[], dict[str, Any]]) -> None:
+    """A result that an earlier attempt here finished and could not commit becomes this attempt's: its card says so."""
+    folder = run.expert(held.name)
+    card = store.read_card(folder)
+    if card is not None and (card.get("island") or {}).get("fence") != held.fence:
+        store.write_sealed(folder / keys.CARD, {**card, "island": facts()})
 
 
 def signed_bytes(run_id: str, name: str, fence: int, sha256: str) -> bytes:
@@ -293,6 +335,12 @@ def _send_result(objects: Objects, run: Run, held: Claim) -> str:
 # --- what others and the card see ------------------------------------------------------------------------------------
 
 
+def _failed(island: Island, name: str, reason: str) -> None:
+    island.failed[name] = reason
+    logger.error("job %s failed here: %s", name, reason)
+    say(f"job {name} failed here: {reason}")
+
+
 def _of_disk(error: OSError, folder: Path) -> str:
     return (
         f"{error.filename or folder} cannot be used ({error.strerror or error}): make it writable or free space, then start "
@@ -313,7 +361,7 @@ def _seen(run: Run, name: str, *connections: Objects) -> dict[str, Any]:
 def _traffic(*connections: Objects) -> dict[str, Any]:
     requests: dict[str, int] = {}
     for objects in connections:
-        for kind, count in objects.traffic.requests.items():
+        for kind, count in dict(objects.traffic.requests).items():  # a copy: other threads are counting
             requests[kind] = requests.get(kind, 0) + count
     return {
         "requests": dict(sorted(requests.items())),
@@ -346,4 +394,6 @@ def _names(found: set[str]) -> list[str]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """For people. Strangers' words may be among it: nothing that a terminal would obey; one that is gone is no error."""
+    with contextlib.suppress(OSError, ValueError):
+        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
