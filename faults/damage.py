@@ -401,7 +401,9 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
         for what in sorted(table):
             record.rows.append({"file": what, **{outcome: table[what][outcome] for outcome in outcomes}})
         total: Counter[str] = sum(table.values(), Counter())
-        record.facts = {outcome: total[outcome] for outcome in outcomes} | {"files that are damaged in turn": len(targets)}
+        record.facts = {outcome: total[outcome] for outcome in outcomes} | {
+            "files that are damaged in turn": len(targets)
+        }
     return record.value
 
 
