@@ -167,16 +167,18 @@ def print_status(url: str, run_id: str | None, as_json: bool, watch: bool) -> No
     from rich.console import Console
     from rich.live import Live
 
+    console = Console()
     if not watch:
-        Console().print(_status_table(status(bucket)))
+        console.print(_status_table(status(bucket), console.width))
         return
-    with Live(_status_table(status(bucket)), console=Console(), auto_refresh=False) as live:
+    with Live(_status_table(status(bucket), console.width), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(2.0)
-            live.update(_status_table(status(bucket)), refresh=True)
+            live.update(_status_table(status(bucket), console.width), refresh=True)
 
 
-def _status_table(found: dict[str, Any]) -> Any:
+def _status_table(found: dict[str, Any], width: int) -> Any:
+    """A row per job; what matters less is left out where the terminal is narrower than ``width`` 76 and 56."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -186,12 +188,16 @@ def _status_table(found: dict[str, Any]) -> Any:
     title = f"run {found['run'][:12]} in {escape(found['url'])}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     right = ("try", "step", "loss", "steps/s", "left", "seen ago")
-    for head in ("job", "state", "held by", *right):
-        table.add_column(head, justify="right" if head in right else "left", no_wrap=True)
+    hidden = {"try", "loss", "steps/s"} if width < 76 else set()
+    hidden |= {"held by", "left"} if width < 56 else set()
+    heads = ("job", "state", "held by", *right)
+    for head in heads:
+        if head not in hidden:
+            table.add_column(head, justify="right" if head in right else "left", no_wrap=True)
     for job in found["jobs"]:
         state = "admitted" if job["state"] == "done" and job["admitted"] else job["state"]
         seen, at_work = job["last_seen_s"], job["state"] == "claimed"
-        table.add_row(
+        row = (
             job["name"],
             state,
             job["holder"] or "",
@@ -202,6 +208,7 @@ def _status_table(found: dict[str, Any]) -> Any:
             "" if job["left_s"] is None else seconds_text(job["left_s"]),
             "" if seen is None else seconds_text(seen),
         )
+        table.add_row(*(cell for head, cell in zip(heads, row, strict=True) if head not in hidden))
     return table
 
 

@@ -9,8 +9,11 @@ from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, A
 
 
 def say(text: str) -> None:
-    """For people: on standard error, so that standard output stays for results."""
-    print(text, file=sys.stderr, flush=True)
+    """For people: on standard error, so that standard output stays for results.
+
+    A message can quote what a stranger wrote: no character is passed on that a terminal would obey.
+    """
+    print("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text), file=sys.stderr, flush=True)
 
 
 def parse_duration(text: str, option: str = "--for") -> float:
