@@ -124,15 +124,16 @@ def gc(
 
     bucket = Bucket.open(url, run_id, patience=60.0)
     found = garbage.find(bucket, parse_duration(grace, "--grace"))
-    for entry in found.entries if dry_run else []:
+    going = [*found.entries, *found.torn]
+    for entry in going if dry_run else []:
         print(f"{entry.size:>12} {entry.key}")
     if found.unknown:
         say(f"{len(found.unknown)} keys are not Archipel's and are left: {', '.join(found.unknown[:3])}")
-    if not dry_run and found.entries:
+    if not dry_run and going:
         with StopFlag() as stop:
             garbage.collect(bucket, found, stop)
     young = f"; {found.young} more are younger than {grace}" if found.young else ""
-    say(f"{'would remove' if dry_run else 'removed'} {len(found.entries)} objects, {found.size / 1e6:.1f} MB{young}")
+    say(f"{'would remove' if dry_run else 'removed'} {len(going)} objects, {found.size / 1e6:.1f} MB{young}")
 
 
 def is_bucket(text: str) -> bool:

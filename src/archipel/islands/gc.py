@@ -6,32 +6,39 @@ its furthest two checkpoints. Only what the store itself dates back further than
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import stat
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from archipel.islands import keys
 from archipel.islands.bucket import Bucket, checkpoints
 from archipel.islands.claims import State
-from archipel.islands.objects import Entry
+from archipel.islands.objects import Entry, Objects
 from archipel.progress import Progress, StopFlag
 
 GRACE = 3600.0  # seconds
 KEEP = 2  # checkpoints of a job in work
 _ATTEMPT = re.compile(r"jobs/[a-z0-9]+/(\d{8})/(.+)")
+_ASIDE = re.compile(r"[A-Za-z0-9_.-]+#\d+")
 _CHECKPOINT = re.compile(r"checkpoints/(\d{8})/[^/]+")
 
 
 @dataclass
 class Garbage:
-    """What may go (``entries``), what is still too young, and what lies there that this Archipel does not know."""
+    """What may go (``entries``; ``torn``: files of killed uploads to a folder), what is still too young, and what lies there
+    that this Archipel does not know."""
 
     entries: list[Entry] = field(default_factory=list)
+    torn: list[Entry] = field(default_factory=list)
     young: int = 0
     unknown: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return sum(entry.size for entry in self.entries)
+        return sum(entry.size for entry in (*self.entries, *self.torn))
 
 
 def find(bucket: Bucket, grace: float = GRACE) -> Garbage:
@@ -54,8 +61,31 @@ def find(bucket: Bucket, grace: float = GRACE) -> Garbage:
             elif verdict:
                 found.entries.append(entry)
     jobs = tuple(keys.job(name) + "/" for name in bucket.jobs)
+    for entry in _torn(bucket.objects):
+        if now - entry.modified < grace:
+            found.young += 1
+        else:
+            found.torn.append(entry)
     found.unknown += [entry.key for entry in everything if not entry.key.startswith(jobs)]
     return found
+
+
+def _torn(objects: Objects) -> list[Entry]:
+    """In a folder: what the disk's client writes aside as ``<key>#<number>`` and a killed writer leaves, the whole size of
+    a checkpoint maybe. No listing shows them, since they are no keys."""
+    found: list[Entry] = []
+    root = objects.root
+    if root is None:
+        return found
+    for top in ("jobs", "shards", "codec", keys.ADMITTED):
+        for place, _, names in os.walk(root / top):
+            for path in (Path(place, name) for name in names if _ASIDE.fullmatch(name)):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        key = path.relative_to(root).as_posix()
+                        found.append(Entry(key, status.st_size, status.st_mtime))
+    return sorted(found, key=lambda entry: entry.key)
 
 
 def _verdict(key: str, state: State, kept: set[tuple[int, int]]) -> bool | None:
@@ -94,3 +124,6 @@ def collect(bucket: Bucket, found: Garbage, stop: StopFlag) -> None:
             part = found.entries[begin : begin + 50]
             bucket.objects.remove([entry.key for entry in part])
             bar.advance(len(part))
+    for entry in found.torn:
+        assert bucket.objects.root is not None
+        (bucket.objects.root / entry.key).unlink(missing_ok=True)
