@@ -13,7 +13,7 @@ from archipel.errors import DamagedError, Stopped
 from archipel.islands import keys, objects
 from archipel.islands.admission import admit
 from archipel.islands.bucket import Bucket
-from archipel.islands.claims import Holder, Watcher, claim, read_state
+from archipel.islands.claims import Holder, claim, read_state
 from archipel.islands.objects import Objects, encode
 from archipel.islands.status import status
 
@@ -39,18 +39,9 @@ def test_words_of_megabytes_are_passed_over(store_: Objects) -> None:
     assert read_state(store_, "2").committed == {"damaged": keys.committed("2")}
 
 
-def test_a_counter_that_is_no_number_does_not_look_alive_for_ever(store_: Objects) -> None:
-    now = 0.0
-    watcher = Watcher(10.0, lambda: now)
-    store_.put(keys.claim("2", 1), b'{"nonce": "x"}')
-    store_.put(keys.heartbeat("2", 1), b'{"nonce": "x", "state": "working", "counter": NaN}')
-    assert not watcher.free(read_state(store_, "2"))
-    now = 11.0
-    assert watcher.free(read_state(store_, "2"))
-
-
 def test_openings_beyond_a_gap_count_for_nobody(store_: Objects) -> None:
     for number in (1, 3):
+        store_.put(f"jobs/2/notes/{number}", b"")
         store_.put(keys.reopened("2", number), encode({"above": number}))
     state = read_state(store_, "2")
     assert (state.opening, state.above) == (1, 1)

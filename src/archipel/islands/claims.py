@@ -162,8 +162,7 @@ class Watcher:
             return False
         if state.released:
             return True
-        # By its text: NaN, which a stranger may write, differs from itself and would look alive for ever.
-        mark, now = (state.fence, repr(state.heartbeat.get("counter"))), self._now()
+        mark, now = (state.fence, state.heartbeat.get("counter")), self._now()
         before = self._seen.get(state.name)
         if before is None or before[0] != mark:
             self._seen[state.name] = (mark, now)
