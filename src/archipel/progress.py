@@ -125,7 +125,7 @@ def log_to(path: Path, level: int = logging.INFO) -> Iterator[None]:
 
 
 class StopFlag:
-    """Turns the first SIGINT or SIGTERM into a flag that long loops look at; a second SIGINT stops at once.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that long loops look at; a second SIGINT stops at once.
 
     ``with StopFlag(seconds=1800) as stop: ... if stop: save(); raise stop.error("training")``. ``seconds`` is the
     ``--for`` limit; ``cancel`` sets the flag from any thread. Outside the main thread signals are left alone.
@@ -139,8 +139,9 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -57,14 +57,14 @@ def make(groups: list[str], folder: Path, seconds: float) -> dict[str, dict[str,
 
 
 def _ours() -> set[str]:
-    """Command lines of this machine's processes of the harness."""
+    """Command lines of the harness's processes that this interpreter started: a machine may run another count beside."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").replace("\0", " ")
         except OSError:
             continue
-        if "faults.zygote" in words or "faults.racer" in words:
+        if words.startswith(sys.executable) and ("faults.zygote" in words or "faults.racer" in words):
             found.add(f"{path.parent.name} {words}")
     return found
 

@@ -147,8 +147,8 @@ def claim(objects: Objects, state: State, island: str) -> Claim | None:
 class Watcher:
     """Tells which jobs may be taken: their holder released them or stood still for a lease on this watcher's clock.
 
-    After an outage of the store the watcher forgets what it saw: the holder may have been cut off as well, and a
-    holder that was away for a lease gives up by itself.
+    An outage of the store, or a sleep of the watcher's own, changes nothing: the heartbeat that is read afterwards has
+    moved or has not, and a holder that was cut off for a lease gives up by itself.
     """
 
     def __init__(self, lease: float, now: Callable[[], float] = clock) -> None:
@@ -172,9 +172,6 @@ class Watcher:
     def still(self, name: str) -> float:
         """Seconds for which the job's holder was seen standing still."""
         return self._now() - self._seen[name][1] if name in self._seen else 0.0
-
-    def forget(self) -> None:
-        self._seen.clear()
 
 
 class Holder:

@@ -149,14 +149,8 @@ def _work(island: Island) -> None:
 
 def _take(island: Island, name: str) -> tuple[Claim, State] | None:
     """Claim a job that is free. None where it is done, held, or somebody was faster."""
-    try:
-        state = island.bucket.state(name)
-    except DamagedError as error:  # what lies under one job's keys ends no work on others
-        _failed(island, name, str(error))
-        return None
-    if state.done:
-        island.done.add(name)
-        shutil.rmtree(island.run.expert(name), ignore_errors=True)  # of an attempt here that was overtaken
+    state = _look(island, name)
+    if state is None:
         return None
     mine = state.claim.get("nonce") in island.mine
     if not mine and not island.watcher.free(state):
@@ -168,7 +162,23 @@ def _take(island: Island, name: str) -> tuple[Claim, State] | None:
     if held is None:
         return None
     island.mine.add(held.nonce)
-    return held, state
+    # Again, since the last holder may have sent a checkpoint, or its result, between our listing and its release.
+    state = _look(island, name)
+    return None if state is None or state.opening != held.opening else (held, state)
+
+
+def _look(island: Island, name: str) -> State | None:
+    """A job's state; None where there is nothing to do for it here."""
+    try:
+        state = island.bucket.state(name)
+    except DamagedError as error:  # what lies under one job's keys ends no work on others
+        _failed(island, name, str(error))
+        return None
+    if state.done:
+        island.done.add(name)
+        shutil.rmtree(island.run.expert(name), ignore_errors=True)  # of an attempt here that was overtaken
+        return None
+    return state
 
 
 def _wait(island: Island, left: list[str]) -> None:
