@@ -98,7 +98,10 @@ class Zygote:
                     self._ends[told["ended"]] = told["code"]
                     self._turn.notify_all()
             else:
-                self._pids.put(int(told.get("pid", 0)))
+                pid = int(told.get("pid", 0))
+                with self._turn:
+                    self._ends.pop(pid, None)  # numbers come again: an earlier process's end is not this one's
+                self._pids.put(pid)
 
     def start(
         self, *arguments: object, more: dict[str, str] | None = None, plain: bool = False, before: Any = ()
