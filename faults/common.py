@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("AWS_")}
     fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     return kept | fixed | (more or {})
+
+
+def plain(text: str) -> str:
+    """Words of a process without the folders and ports of the machine it ran on, and without times of a request."""
+    text = re.sub(r"(?<![\w.:/])(/[\w.-]+){2,}/(?=[\w.-])", ".../", text)
+    return re.sub(r" in [\d.]+(ms|µs|s)\b", "", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text))
 
 
 @dataclass
@@ -62,7 +69,7 @@ class Record:
             "seconds": round(time.monotonic() - self._began, 1),
             "rows": self.rows,
             "facts": self.facts,
-            "refusals": self.refusals,
+            "refusals": {plain(kind): plain(text) for kind, text in self.refusals.items()},
             "problems": self.problems[:50],
             "ok": not self.problems and self.made >= self.wanted,
         }

@@ -36,8 +36,9 @@ class Process:
         return self._wait(seconds)
 
     def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self.wait(0) is None:  # the pid of one that ended may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> int:
         """kill -9, and what it ended with: another code where it had ended by itself."""
@@ -119,17 +120,18 @@ class Zygote:
                     )  # fmt: skip
                 self._plain.append(made)
                 return Process(made.pid, log, lambda seconds: _waited(made, seconds))
-            order = {"arguments": words, "environment": environment(more), "log": str(log)}
+            number = self._number
+            order = {"number": number, "arguments": words, "environment": environment(more), "log": str(log)}
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
             pid = self._pids.get(timeout=60)
-        return Process(pid, log, lambda seconds: self._ended(pid, seconds))
+        return Process(pid, log, lambda seconds: self._ended(number, seconds))
 
-    def _ended(self, pid: int, seconds: float) -> int | None:
+    def _ended(self, number: int, seconds: float) -> int | None:
         with self._turn:
-            self._turn.wait_for(lambda: pid in self._ends, seconds)
-            return self._ends.get(pid)
+            self._turn.wait_for(lambda: number in self._ends, seconds)
+            return self._ends.get(number)
 
     def run(self, *arguments: object, more: dict[str, str] | None = None, seconds: float = 240) -> tuple[int, str]:
         """A command to its end: exit code and words. Raises RuntimeError where it does not end."""

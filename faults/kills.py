@@ -154,7 +154,7 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` kills; rounds alternate between a folder and S3."""
     chance = random.Random(seed)
     what = f"kill -9 at random moments across {ISLANDS} islands, on a folder and on S3"
-    steps, every = (400, 20) if count >= 50 else (160, 10)
+    steps, every = (800, 25) if count >= 50 else (160, 10)
     work = work / "kills"
     with Record("kills", what, count, seed) as record, zygote_for(work) as zygote:
         run = make_run(work / "run", steps=steps, every=every, lease=6.0)
@@ -184,8 +184,23 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
                 )
                 shutil.rmtree(folder, ignore_errors=True)
             number += 1
+        record.rows = by_store(record.rows)
         record.facts = {"steps of a job": steps, "a checkpoint every": every, "lease, s": 6, "jobs": len(wanted)}
     return record.value
+
+
+def by_store(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all rounds on one store."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        total = found.setdefault(row["store"], {"store": row["store"], "runs": 0})
+        total["runs"] += 1
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                total[key] = round(total.get(key, 0) + value, 1)
+        worst = {total.get("weights", "identical"), row["weights"]} - {"identical"}
+        total["weights"] = "**differ**" if worst else "identical"
+    return list(found.values())
 
 
 PHASES = ("holding a job", "sending its result", "between jobs", "starting or waiting")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from archipel import store
+from faults.common import plain
 
 ORDER = ("races", "kills", "damage", "proxied", "stopped", "network", "disk", "clocks")
 SHOWN = 40  # refusals quoted of each fault
@@ -60,7 +61,9 @@ def section(name: str, record: dict[str, Any]) -> str:
     quoted = sorted(record["refusals"].items())
     if name == "damage":  # one of each kind of file
         quoted = list({kind.rpartition(", ")[0]: (kind, text) for kind, text in reversed(quoted)}.values())[::-1]
-    quoted = quoted[:SHOWN]
+    quoted = list(
+        {_alike(_said(text)[1:]) if name != "damage" else kind: (kind, text) for kind, text in quoted}.values()
+    )[:SHOWN]
     if quoted:
         lines += ["", "What was said, one of each kind:" if name != "damage" else "What was said, for example:", ""]
         lines += [f"- {_said(text)}" + (f" ({kind})" if name == "damage" else "") for kind, text in quoted]
@@ -70,10 +73,12 @@ def section(name: str, record: dict[str, Any]) -> str:
 
 
 def _said(text: str) -> str:
-    """Words of a process without the folders and ports of the machine it ran on."""
-    text = re.sub(r"(/[\w.-]+)+/(?=[\w.-]+)", ".../", text) if text.count("/") > 6 else text
-    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
-    return "`" + text.replace("`", "'")[:280] + "`"
+    return "`" + plain(text).replace("`", "'")[:280] + "`"
+
+
+def _alike(text: str) -> str:
+    """What two sayings have in common that differ in numbers, names of jobs, or in how they were printed."""
+    return re.sub(r"\d+|job \w+|^(WARNING|ERROR|error): |jobs/\S+|[0-9a-f]{12,}", "#", text)[:100].lstrip("# ")
 
 
 def _totalled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,7 +95,7 @@ def _totalled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 SUMMED = {
-    "races", "one winner", "several", "none", "losers who did not know the winner", "errors", "kills", "islands",
+    "races", "runs", "one winner", "several", "none", "losers who did not know the winner", "errors", "kills", "islands",
     "went on from a checkpoint", "accepted work lost", "requests", "faults made", "times", "read as before", "healed",
     "refused by name", "killed while holding a job", "killed while sending its result", "killed while between jobs",
     "killed while starting or waiting", "ends with a sentence and code 2",

@@ -2,8 +2,9 @@
 
     python -m faults.zygote
 
-Reads lines of JSON {"arguments", "environment", "log"}; answers {"pid"}: a process that runs `archipel ARGUMENTS` in a
-session of its own, with its words in LOG. A child that ended is told as {"ended", "code"} (as subprocess counts).
+Reads lines of JSON {"number", "arguments", "environment", "log"}; answers {"pid"}: a process that runs `archipel
+ARGUMENTS` in a session of its own, with its words in LOG. A child that ended is told as {"ended": number, "code"} (as
+subprocess counts): by its number, since a system gives the pids of the dead to others.
 Nothing that holds threads or connections is opened before the fork.
 """
 
@@ -65,7 +66,7 @@ def main() -> None:
     os.set_blocking(reader, False)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    living: set[int] = set()
+    living: dict[int, int] = {}
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
     selector.register(reader, selectors.EVENT_READ)
@@ -78,8 +79,7 @@ def main() -> None:
             for pid in list(living):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    living.discard(pid)
-                    say(ended=pid, code=os.waitstatus_to_exitcode(status))
+                    say(ended=living.pop(pid), code=os.waitstatus_to_exitcode(status))
         if 0 in ready:
             got = os.read(0, 1 << 16)
             if not got:
@@ -90,7 +90,7 @@ def main() -> None:
                 pid = os.fork()
                 if pid == 0:
                     child(order)
-                living.add(pid)
+                living[pid] = order["number"]
                 say(pid=pid)
     for pid in living:
         os.kill(pid, signal.SIGKILL)
