@@ -80,7 +80,7 @@ def until_first_step(command: list[str], metrics: Path) -> float:
 
 def run(small: bool = False) -> dict[str, Any]:
     """The record; see ``common.Benchmark``."""
-    program, rounds = python(), 1 if small else 7
+    program, rounds = python(), 1 if small else 5
     with tempfile.TemporaryDirectory() as name, common.Benchmark("first_step", WHAT, ("torch", "submitit")) as b:
         folder = Path(name)
         made = make_run(folder / "run", 1, STEPS, small)

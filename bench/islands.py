@@ -155,9 +155,9 @@ def run(small: bool = False) -> dict[str, Any]:
         common.Benchmark("islands", WHAT, ("torch", "diffusers", "obstore")) as b,
     ):
         folder = Path(name)
-        one_island(b, folder, *((1, 8) if small else (5, 500)), small)
+        one_island(b, folder, *((1, 8) if small else (3, 400)), small)
         counts = ISLANDS[:2] if small else ISLANDS
-        b.tables["island-seconds"] = [many_islands(b, folder, k, 8 if small else 200, small) for k in counts]
+        b.tables["island-seconds"] = [many_islands(b, folder, k, 8 if small else 120, small) for k in counts]
         b.facts["what a second is"] = "CPU seconds of whole processes, imports included"
     return b.record
 
