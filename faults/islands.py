@@ -99,10 +99,7 @@ class Zygote:
                     self._ends[told["ended"]] = told["code"]
                     self._turn.notify_all()
             else:
-                pid = int(told.get("pid", 0))
-                with self._turn:
-                    self._ends.pop(pid, None)  # numbers come again: an earlier process's end is not this one's
-                self._pids.put(pid)
+                self._pids.put(int(told.get("pid", 0)))
 
     def start(
         self, *arguments: object, more: dict[str, str] | None = None, plain: bool = False, before: Any = ()

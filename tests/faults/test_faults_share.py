@@ -30,7 +30,7 @@ def make(groups: list[str], folder: Path, seconds: float) -> dict[str, dict[str,
                     stdout=log,
                     stderr=log,
                     cwd=ROOT,
-                    env=os.environ | {"PYTHONPATH": path},
+                    env=os.environ | {"PYTHONPATH": path, "FAULTS_OF": str(folder)},
                 )
             )
     try:
@@ -56,25 +56,23 @@ def make(groups: list[str], folder: Path, seconds: float) -> dict[str, dict[str,
     return records
 
 
-def _ours() -> set[str]:
-    """Command lines of the harness's processes that this interpreter started: a machine may run another count beside."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def left(folder: Path) -> list[str]:
+    """Command lines of processes that were started for ``folder`` and are still there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().decode(errors="replace").replace("\0", " ")
+            if f"FAULTS_OF={folder}".encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_bytes().decode(errors="replace").replace("\0", " "))
         except OSError:
             continue
-        if words.startswith(sys.executable) and ("faults.zygote" in words or "faults.racer" in words):
-            found.add(f"{path.parent.name} {words}")
-    return found
+    return [words for words in found if words]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_twentieth_of_all_faults_leaves_the_same_weights(tmp_path: Path) -> None:
-    before = _ours()
     records = make(["kills", "proxied,races", "stopped,network,damage"], tmp_path, 800)
-    assert _ours() <= before, "processes were left behind"
+    assert left(tmp_path) == [], "processes were left behind"
     assert {row["store"] for row in records["races"]["rows"]} == {"file", "s3"}
     for row in records["races"]["rows"]:
         assert row["one winner"] == row["races"] >= 50 and row["losers who did not know the winner"] == 0
@@ -93,6 +91,7 @@ def test_a_twentieth_of_all_faults_leaves_the_same_weights(tmp_path: Path) -> No
 @pytest.mark.timeout(900)
 def test_full_disks_and_clocks_a_day_apart(tmp_path: Path) -> None:
     records = make(["disk", "clocks"], tmp_path, 800)
+    assert left(tmp_path) == []
     assert {row["full"] for row in records["disk"]["rows"]} == {"the island's folder", "the bucket"}
     assert sum(row["ends with a sentence and code 2"] for row in records["disk"]["rows"]) >= 1
     assert {row["clocks, days"] for row in records["clocks"]["rows"]} == {"+1, -1", "-1, +1"}
