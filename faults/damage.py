@@ -454,6 +454,8 @@ def _joins(
         with damaged(target, kind, chance, bench.work / "aside") as how:
             code, said = zygote.run(*words)
         outcome = {0: HEALED, 2: REFUSED}.get(code, f"ended with {code}")
+        if code == 0 and path.name == keys.PUBLISHED:
+            outcome = SAME  # an entry was hit that this island does not use
         if code == 2:
             named = [line for line in said.splitlines() if "error:" in line]
             said = named[-1] if named else said[-300:]
