@@ -130,7 +130,7 @@ def one_island(b: common.Benchmark, folder: Path, rounds: int, steps: int, small
 
 def many_islands(b: common.Benchmark, folder: Path, k: int, steps: int, small: bool) -> dict[str, Any]:
     run = make_run(folder / f"run-{k}", k, steps, small)
-    url = published(run, folder / f"bucket-{k}")
+    url = published(run, folder / f"bucket-k{k}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         ours = list(pool.map(lambda n: joined(url, folder / f"k{k}-{n}", n), run.expert_names))
         theirs = list(pool.map(lambda n: trained(run, folder / f"p{k}-{n}", n), run.expert_names))
@@ -155,9 +155,9 @@ def run(small: bool = False) -> dict[str, Any]:
         common.Benchmark("islands", WHAT, ("torch", "diffusers", "obstore")) as b,
     ):
         folder = Path(name)
-        one_island(b, folder, *((1, 8) if small else (3, 400)), small)
+        one_island(b, folder, *((1, 8) if small else (3, 300)), small)
         counts = ISLANDS[:2] if small else ISLANDS
-        b.tables["island-seconds"] = [many_islands(b, folder, k, 8 if small else 120, small) for k in counts]
+        b.tables["island-seconds"] = [many_islands(b, folder, k, 8 if small else 80, small) for k in counts]
         b.facts["what a second is"] = "CPU seconds of whole processes, imports included"
     return b.record
 
