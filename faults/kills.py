@@ -154,7 +154,7 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` kills; rounds alternate between a folder and S3."""
     chance = random.Random(seed)
     what = f"kill -9 at random moments across {ISLANDS} islands, on a folder and on S3"
-    steps, every = (800, 25) if count >= 50 else (160, 10)
+    steps, every = (800, 25) if count >= 50 else (100, 10)
     work = work / "kills"
     with Record("kills", what, count, seed) as record, zygote_for(work) as zygote:
         run = make_run(work / "run", steps=steps, every=every, lease=6.0)

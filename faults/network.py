@@ -66,7 +66,9 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` islands cut off from the store past their lease."""
     what, work = "islands cut off from the store past their lease, in the middle of a job", work / "network"
     with Record("network", what, count, seed) as record, zygote_for(work) as zygote:
-        made = make_run(work / "run", steps=300, every=20, others=60, lease=LEASE)
+        made = make_run(
+            work / "run", steps=300 if count > 1 else 120, every=20, others=60 if count > 1 else 20, lease=LEASE
+        )
         wanted = undisturbed(made, zygote, work)
         for number in range(count):
             _cut(record, zygote, work, made, wanted, seed + number)

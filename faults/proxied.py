@@ -84,7 +84,7 @@ def _one(record: Record, zygote: Zygote, case: str, seed: int, work: Path, run: 
 def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` joins of two islands each, the kinds of weather in turn; the last two are the store gone."""
     what, work = "joins of two islands through a proxy that fails, or on a store that is gone", work / "proxied"
-    steps = 300 if count > 4 else 100
+    steps = 300 if count > 4 else 60
     with Record("proxied", what, count, seed) as record, zygote_for(work) as zygote:
         made = make_run(work / "run", steps=steps, every=10, lease=LEASE)
         wanted = undisturbed(made, zygote, work)

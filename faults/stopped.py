@@ -125,7 +125,9 @@ def run(count: int, seed: int, work: Path) -> dict[str, Any]:
     """``count`` sleeps, two at a time; a third at random moments, the rest around the commit."""
     what, work = "islands stopped (SIGSTOP) past their lease and woken after a successor took over", work / "stopped"
     with Record("stopped", what, count, seed) as record, zygote_for(work) as zygote:
-        made = make_run(work / "run", steps=300 if count > 4 else 120, every=10, others=60, lease=LEASE)
+        made = make_run(
+            work / "run", steps=300 if count > 4 else 80, every=10, others=60 if count > 4 else 20, lease=LEASE
+        )
         wanted = undisturbed(made, zygote, work)
         modes = [RANDOM, BEFORE, AFTER]
 
