@@ -138,7 +138,9 @@ def gc(
 
 def is_bucket(text: str) -> bool:
     """Whether this is a published run: a URL, or a folder with the list of its published files."""
-    return "://" in text or (Path(text) / "published.json").is_file()
+    from archipel.islands import keys, urls
+
+    return urls.is_url(text) or (Path(text) / keys.PUBLISHED).is_file()
 
 
 def _signer(key: Path | None) -> Any:

@@ -5,7 +5,9 @@ A store's error can quote requests, and those can hold access keys or signatures
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 
 from archipel.errors import EXIT_WRONG_INPUT, ArchipelError
 
@@ -30,6 +32,12 @@ class AwayError(StoreError):
 
 class IgnoresConditionsError(StoreError):
     """The store let a second create of one key succeed: two islands could hold one job."""
+
+
+def say(text: str) -> None:
+    """For people. Strangers' words may be among it: nothing that a terminal would obey; one that is gone is no error."""
+    with contextlib.suppress(OSError, ValueError):
+        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
 def status_of(error: Exception) -> int | None:

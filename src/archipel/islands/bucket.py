@@ -18,7 +18,7 @@ from archipel.config import RunConfig
 from archipel.errors import ArchipelError, DamagedError
 from archipel.islands import keys
 from archipel.islands.claims import State, read_state
-from archipel.islands.objects import PATIENCE, Objects, StoreError, decode
+from archipel.islands.objects import PATIENCE, Objects, decode
 from archipel.run import MONOLITH, ROUTER
 
 _MAX_RUN = 1 << 20  # bytes of run.toml
@@ -166,6 +166,3 @@ def _file(key: Any, entry: Any, where: str) -> File:
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256) or not whole:
         raise DamagedError(f"{where}: {key} has no sha256 and bytes: publish the run again")
     return File(sha256, size)  # type: ignore[arg-type]
-
-
-__all__ = ["Bucket", "File", "StoreError", "check_id", "checkpoints"]

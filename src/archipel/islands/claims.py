@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 from archipel import FORMAT
 from archipel.errors import ArchipelError, DamagedError, Stopped
 from archipel.islands import keys
+from archipel.islands.answers import say
 from archipel.islands.objects import Objects, decode, encode
 
 logger = logging.getLogger("archipel")
@@ -194,9 +194,7 @@ class Holder:
     ) -> None:
         self.claim, self.every, self.lease = claim, every, lease
         self._objects, self._facts, self._on_lost, self._now = objects, facts, on_lost, now
-        self._renewed = (
-            now()
-        )  # the moment before the last renewal was sent: what an observer's lease counts from at most
+        self._renewed = now()  # just before the last renewal was sent: no observer's lease counts from earlier
         self._counter = 0
         self._lost: str | None = None
         self._stop = threading.Event()
@@ -295,5 +293,4 @@ class Holder:
             except Exception as error:  # the store is away, or says no: the lease decides
                 trouble = True
                 logger.warning("job %s: heartbeat: %s", self.claim.name, error)
-                with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-                    print(f"job {self.claim.name}: the heartbeat did not go through ({error})", file=sys.stderr)
+                say(f"job {self.claim.name}: the heartbeat did not go through ({error})")

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from archipel import store
 from archipel.errors import ArchipelError, DamagedError, LockedError
 from archipel.islands import keys, network
+from archipel.islands.answers import say
 from archipel.islands.bucket import Bucket, File, checkpoints
 from archipel.islands.claims import Claim, State
 from archipel.islands.launch.local import steps_of
@@ -139,7 +139,7 @@ def fetch_checkpoint(bucket: Bucket, run: Run, state: State, refused: set[tuple[
             _bring(bucket, state.name, key, folder / f"{step:08d}", step)
         except DamagedError as error:
             logger.warning("job %s: checkpoint %d of attempt %d is passed over: %s", state.name, step, fence, error)
-            _say(f"job {state.name}: checkpoint {step} of attempt {fence} is passed over: {error}")
+            say(f"job {state.name}: checkpoint {step} of attempt {fence} is passed over: {error}")
             shutil.rmtree(folder / f"{step:08d}", ignore_errors=True)
             continue
         return step, fence
@@ -220,7 +220,3 @@ def _bring(bucket: Bucket, name: str, key: str, folder: Path, step: int) -> None
     objects.fetch(f"{key}/{_STATE}", folder / _STATE, sha256=sha256, size=size)
     _check_state(bucket, name, folder / _STATE, size)
     store.write_json(folder / _MANIFEST, manifest)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

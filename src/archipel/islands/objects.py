@@ -13,14 +13,13 @@ import json
 import os
 import random
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from archipel.errors import ArchipelError, DamagedError, Stopped
-from archipel.islands.answers import ABSENT, AGAIN, DENIED, FINAL, SHORT, TAKEN, kind_of, no_bucket, words
+from archipel.islands.answers import ABSENT, AGAIN, DENIED, FINAL, SHORT, TAKEN, kind_of, no_bucket, say, words
 from archipel.islands.answers import AwayError as AwayError
 from archipel.islands.answers import IgnoresConditionsError as IgnoresConditionsError
 from archipel.islands.answers import StoreError as StoreError
@@ -368,10 +367,7 @@ class _Waits:
             ) from None
         if self.count == 4 and not o._said_away:
             o._said_away = True
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no work
-                print(
-                    f"the store does not answer ({words(error)}): trying again for {o.patience:.0f} s", file=sys.stderr
-                )
+            say(f"the store does not answer ({words(error)}): trying again for {o.patience:.0f} s")
         pause = min(10.0, 0.1 * 2**self.count, max(0.05, o.patience - gone)) * random.uniform(0.5, 1.0)
         self.count += 1
         until = time.monotonic() + pause
@@ -382,24 +378,12 @@ class _Waits:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    """As ``store.sha256_file``, without the numpy that ``store`` brings: claims are made by light processes."""
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _endless(prefix: str, where: str) -> DamagedError:
     return DamagedError(
         f"{prefix} in {where} holds more than {MOST} objects, which no run does: look who filled it, and remove what is not yours"
     )
-
-
-@contextlib.contextmanager
-def stopping(objects: Objects, give_up: Callable[[], bool]) -> Iterator[None]:
-    """For as long as the block runs, waits of ``objects`` end when ``give_up()`` is true."""
-    before, objects.give_up = objects.give_up, give_up
-    try:
-        yield
-    finally:
-        objects.give_up = before

@@ -28,15 +28,15 @@ class Published:
     sent: int
 
 
-def to_send(run: Run) -> dict[str, Path]:
-    """Key -> file of all that islands (and whoever generates) need, every folder held to its card first.
+def to_send(run: Run) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Key -> file, and key -> {"sha256", "bytes"}, of all that islands (and whoever generates) need, every folder held to its card first.
 
     Raises MissingStageError before *partition*, DamagedError naming a damaged file.
     """
     folders = {"codec": run.codec}
     folders |= {keys.shard(name): run.shard(name) for name in run.expert_names}
     folders[keys.shard("all")] = run.shard(MONOLITH)
-    files = {keys.RUN: run.root / "run.toml"}
+    files, listing = {keys.RUN: run.root / "run.toml"}, {}
     for prefix, folder in folders.items():
         run.need(folder, "prepare" if prefix == "codec" else "partition")
         problems = store.check_card(folder)
@@ -45,7 +45,10 @@ def to_send(run: Run) -> dict[str, Path]:
         card = store.read_card(folder) or {"files": {}}
         for file in (*card["files"], keys.CARD):
             files[f"{prefix}/{file}"] = folder / file
-    return files
+            listing[f"{prefix}/{file}"] = card["files"].get(file)  # held to it just now
+    for key, path in files.items():
+        listing[key] = listing.get(key) or {"sha256": store.sha256_file(path), "bytes": path.stat().st_size}
+    return files, listing
 
 
 def publish(run: Run, url: str, stop: StopFlag) -> Published:
@@ -57,12 +60,11 @@ def publish(run: Run, url: str, stop: StopFlag) -> Published:
     folder = local_root(check_url(url))
     if folder is not None and folder.resolve() == run.root.resolve():
         raise ArchipelError(f"{url} is the run's own folder: publish to another, such as {run.root / 'store'}")
-    files = to_send(run)
+    files, listing = to_send(run)
     objects = Objects.open(url, make=True)
     objects.give_up = lambda: bool(stop)
     objects.probe()
     _claim_prefix(objects, run)
-    listing = {key: {"sha256": store.sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()}
     body = encode({"format": FORMAT, "kind": "published", "run": run.id, "jobs": run.job_names, "files": listing})
     before = objects.get(keys.PUBLISHED)
     if before in (None, body):  # else nothing there may be touched: islands may be training on it

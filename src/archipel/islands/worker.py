@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 from archipel import store
 from archipel.errors import ArchipelError, DamagedError, Stopped
 from archipel.islands import home, keys
+from archipel.islands.answers import say
 from archipel.islands.bucket import Bucket
 from archipel.islands.claims import Claim, Holder, LostError, State, Watcher, claim
 from archipel.islands.launch.local import in_order
@@ -401,9 +401,3 @@ def _names(found: set[str]) -> list[str]:
             parts[4] = "*"
         short.add("/".join(parts))
     return sorted(short)
-
-
-def say(text: str) -> None:
-    """For people. Strangers' words may be among it: nothing that a terminal would obey; one that is gone is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
