@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from archipel import __version__, store
-from archipel.errors import ArchipelError
 from archipel.report import scores as scoring
 from archipel.report.checks import copying, probe, shares
 from archipel.report.flow import flow_picture
+from archipel.report.html import HERE, fill, guarded, stylesheet
 from archipel.report.partition import partition
 from archipel.report.reading import Reader, finite, mapping
 from archipel.report.routing import routing
@@ -23,7 +21,6 @@ from archipel.report.verdict import verdict
 from archipel.run import Run
 
 logger = logging.getLogger("archipel")
-HERE = Path(__file__).parent
 SECTIONS = (
     ("samples", "Samples"),
     ("scores", "Scores"),
@@ -34,18 +31,6 @@ SECTIONS = (
     ("isolation", "Isolation"),
     ("source", "Run"),
     ("limits", "Limits"),
-)
-# What a strange or damaged file can make a section fail with; anything else is a fault of ours and is raised.
-_BAD_INPUT = (
-    ArchipelError,
-    OSError,
-    KeyError,
-    IndexError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ZeroDivisionError,
-    OverflowError,
 )
 
 
@@ -63,72 +48,33 @@ def report(run: Run) -> Path:
 
 def render(run: Run) -> str:
     """The page as text: no address outside of it, every value escaped, scripts and styles pinned by hash."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ArchipelError("the report needs jinja2: install it with `pip install 'archipel[eval]'`") from error
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style, script = (HERE / "page.css").read_text(encoding="utf-8"), (HERE / "page.js").read_text(encoding="utf-8")
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src '{_hash(style)}'",
-            f"script-src '{_hash(script)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
-    page = environment.get_template("page.html").render(
-        **context(run),
-        version=__version__,
-        sections=SECTIONS,
-        style=Markup(style),
-        script=Markup(script),
-        policy=policy,
-    )
-    return page + "\n"
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _guarded(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A section's context, or what to say instead of it where its files are not of the expected shape."""
-    try:
-        return {"broken": "", **make()}
-    except _BAD_INPUT as error:
-        logger.warning("report: section %s could not be shown: %r", name, error)
-        return {"broken": f"its files are not of the expected shape ({type(error).__name__}: {error}).", "missing": ""}
+    return fill(HERE, stylesheet(), context(run), SECTIONS)
 
 
 def context(run: Run) -> dict[str, Any]:
     """Everything that the template shows, section by section."""
     reader = Reader(run)
     facts = scoring.extra(reader)
-    cost = _guarded("ledger", lambda: ledger(reader))
+    cost = guarded("ledger", lambda: ledger(reader))
     parts = {
         "ledger": cost,
-        "samples": {"main": [], "hero": [], **_guarded("samples", lambda: samples(reader))},
-        "scores": {"copying": None, **_guarded("scores", lambda: scoring.scores(reader, facts))},
-        "probe": {"tables": [], "withheld": "", **_guarded("probe", lambda: probe(facts, run.config.sample.strategy))},
-        "copying": {"verdict": "", **_guarded("copying", lambda: copying(facts))},
-        "router": _guarded("router", lambda: routing(reader)),
-        "weights": _guarded("weights", lambda: router_weights(reader)),
-        "training": _guarded("training", lambda: training(reader)),
-        "partition": _guarded("partition", lambda: partition(reader, shares(facts, run.config.sample.strategy))),
-        "isolation": _guarded("isolation", lambda: isolation(reader)),
-        "source": _guarded("source", lambda: source(reader)),
+        "samples": {"main": [], "hero": [], **guarded("samples", lambda: samples(reader))},
+        "scores": {"copying": None, **guarded("scores", lambda: scoring.scores(reader, facts))},
+        "probe": {"tables": [], "withheld": "", **guarded("probe", lambda: probe(facts, run.config.sample.strategy))},
+        "copying": {"verdict": "", **guarded("copying", lambda: copying(facts))},
+        "router": guarded("router", lambda: routing(reader)),
+        "weights": guarded("weights", lambda: router_weights(reader)),
+        "training": guarded("training", lambda: training(reader)),
+        "partition": guarded("partition", lambda: partition(reader, shares(facts, run.config.sample.strategy))),
+        "isolation": guarded("isolation", lambda: isolation(reader)),
+        "source": guarded("source", lambda: source(reader)),
     }
     judged = verdict(reader, facts, cost)
     return {
         **parts,
         "verdict": judged,
         "name": reader.name,
+        "page_title": f"{reader.name} · Archipel report",
         "preset": run.config.run.preset,
         "k": run.config.partition.k,
         "run_id": run.id,
