@@ -71,6 +71,57 @@ def flux_forward(
     return embed + double_blocks * double + single_blocks * single + head
 
 
+def flux_parameters(
+    *,
+    width: int,
+    head: int,
+    double_blocks: int,
+    single_blocks: int,
+    channels: int,
+    outputs: int,
+    text_width: int,
+    pooled_width: int,
+) -> int:
+    """Parameters of a ``FluxTransformer2DModel`` with heads of width ``head``: every product has a bias."""
+    D = width
+
+    def product(inputs: int, outputs: int) -> int:
+        return (inputs + 1) * outputs
+
+    embed = (
+        product(TIME_CHANNELS, D)
+        + product(pooled_width, D)
+        + 2 * product(D, D)
+        + product(text_width, D)
+        + product(channels, D)
+    )
+    stream = product(D, 6 * D) + 4 * product(D, D) + 2 * head + product(D, MLP_RATIO * D) + product(MLP_RATIO * D, D)
+    single = (
+        product(D, 3 * D)
+        + 3 * product(D, D)
+        + 2 * head
+        + product(D, MLP_RATIO * D)
+        + product((MLP_RATIO + 1) * D, D)
+    )
+    return embed + 2 * double_blocks * stream + single_blocks * single + product(D, 2 * D) + product(D, outputs)
+
+
+def expert_parameters(config: RunConfig) -> int:
+    """Parameters of one expert; the monolith has as many."""
+    channels = latent_shape(config)[0]
+    _, text_width, pooled_width = text_shape(config)
+    return flux_parameters(
+        width=config.expert.width,
+        head=config.expert.width // config.expert.heads,
+        double_blocks=config.expert.double_blocks,
+        single_blocks=config.expert.single_blocks,
+        channels=channels,
+        outputs=channels,
+        text_width=text_width,
+        pooled_width=pooled_width,
+    )
+
+
 def expert_forward_flops(config: RunConfig) -> int:
     """Forward FLOPs of an expert (and of the monolith, which is the same network) per clip."""
     channels, *space = latent_shape(config)

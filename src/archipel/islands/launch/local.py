@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,9 +26,22 @@ from archipel.run import MONOLITH, ROUTER, Run
 _POLL = 0.25  # seconds
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job of some run. ``note``: what stands before its name where several runs are trained at once."""
+
+    run: Run
+    name: str
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.note}{self.name}"
+
+
 @dataclass
 class _Child:
-    name: str
+    job: Job
     process: subprocess.Popen[bytes]
     log: Path
     begins: int  # where this child's words begin in the log, which earlier ones share
@@ -38,9 +52,8 @@ class _Child:
 class _Queue:
     """Jobs of one launch: waiting and running, and the free slots: "" for some cores, else a CUDA_VISIBLE_DEVICES."""
 
-    run: Run
     threads: int
-    waiting: list[str]
+    waiting: list[Job]
     slots: list[str]
     running: list[_Child] = field(default_factory=list)
 
@@ -102,20 +115,20 @@ def _command(run: Run, name: str, threads: int) -> list[str]:
     return [sys.executable, "-m", "archipel.cli", "train", "--threads", str(threads), "--", str(run.root), name]
 
 
-def _start(queue: _Queue, name: str) -> _Child:
-    run, log, slot = queue.run, queue.run.log(f"train-{name}"), queue.slots.pop(0)
+def _start(queue: _Queue, job: Job) -> _Child:
+    run, log, slot = job.run, job.run.log(f"train-{job.name}"), queue.slots.pop(0)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         begins = output.tell()
         process = subprocess.Popen(
-            _command(run, name, queue.threads),
+            _command(run, job.name, queue.threads),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             env=_environment(queue.threads, slot),
             start_new_session=True,  # Ctrl-C reaches this process only, which then tells the children once
         )
-    return _Child(name, process, log, begins, slot)
+    return _Child(job, process, log, begins, slot)
 
 
 def _steps_done(run: Run, name: str) -> int:
@@ -126,29 +139,24 @@ def _steps_done(run: Run, name: str) -> int:
     return 0
 
 
-def _work(run: Run, names: list[str]) -> float:
-    """Planned work of jobs in units of one expert step, so that the bar moves evenly over unlike jobs."""
-    return sum(_unit(run, name) * steps_of(run, name) for name in names)
-
-
 def _unit(run: Run, name: str) -> float:
+    """Planned FLOPs of one step: what the bar counts in, so that it moves evenly over unlike jobs."""
     from archipel.backbones import flops
 
     config = run.config
-    expert = flops.expert_forward_flops(config) * config.expert.batch
     if name == MONOLITH:
-        return flops.expert_forward_flops(config) * config.monolith.batch / expert
+        return float(flops.expert_forward_flops(config) * config.monolith.batch)
     if name == ROUTER:
-        return flops.router_forward_flops(config) * config.router.batch / expert
-    return 1.0
+        return float(flops.router_forward_flops(config) * config.router.batch)
+    return float(flops.expert_forward_flops(config) * config.expert.batch)
 
 
-def _note(run: Run, running: list[_Child]) -> str:
+def _note(running: list[_Child]) -> str:
     parts = []
     for child in running:
         with contextlib.suppress(Exception):
-            state = store.read_json(run.expert(child.name) / "progress.json")
-            parts.append(f"{child.name} {state['step']}/{state['steps']} loss {state['loss']:.3f}")
+            state = store.read_json(child.job.run.expert(child.job.name) / "progress.json")
+            parts.append(f"{child.job.label} {state['step']}/{state['steps']} loss {state['loss']:.3f}")
     return ", ".join(parts)
 
 
@@ -163,10 +171,10 @@ def _reap(queue: _Queue) -> None:
         if child.process.stdin is not None:
             child.process.stdin.close()
         if code == EXIT_INTERRUPTED:
-            raise Stopped(f"training {child.name} was stopped; everything is kept, start it again to continue")
+            raise Stopped(f"training {child.job.label} was stopped; everything is kept, start it again to continue")
         if code != 0:
             kind = ArchipelError if code == EXIT_WRONG_INPUT else _ChildError
-            raise kind(f"training {child.name} {_ending(code)}: {_last_words(child)} (whole log: {child.log})")
+            raise kind(f"training {child.job.label} {_ending(code)}: {_last_words(child)} (whole log: {child.log})")
 
 
 def _ending(code: int) -> str:
@@ -213,29 +221,50 @@ def launch(
 
     Raises ArchipelError where a child fails (the others are stopped with checkpoints), Stopped when asked to stop.
     """
-    names = in_order(run, [name for name in names if not run.done(run.expert(name))])
-    if not names:
-        return
+    jobs = [Job(run, name) for name in in_order(run, names)]
     # By all of the run's jobs, not by those that are left: with other threads than it began with, a job would not
     # continue bit for bit.
-    slots = _gpus(accelerators) or [""] * (workers or min(cores(), len(run.job_names)))
-    queue = _Queue(run, threads or max(1, cores() // len(slots)), list(names), slots)
-    scale = 1000 / max(_work(run, names), 1e-9)
+    most = workers or min(cores(), len(run.job_names))
+    launch_jobs(jobs, stop, workers=most, threads=threads, accelerators=accelerators)
+
+
+def launch_jobs(
+    jobs: Sequence[Job],
+    stop: StopFlag,
+    *,
+    workers: int,
+    threads: int | None = None,
+    accelerators: int = 0,
+    label: str = "train",
+    ready: Callable[[Job], bool] = lambda _: True,
+) -> None:
+    """Train jobs of any runs as ``launch`` does, in the given order; those that are done already are passed over.
+
+    ``ready``: whether a job can begin yet; it is asked again after each job that ends, and there must be one at any time.
+    """
+    waiting = [job for job in jobs if not job.run.done(job.run.expert(job.name))]
+    if not waiting:
+        return
+    slots = _gpus(accelerators) or [""] * workers
+    queue = _Queue(threads or max(1, cores() // len(slots)), waiting, slots)
+    plan = [(job, _unit(job.run, job.name), steps_of(job.run, job.name)) for job in waiting]
+    scale = 1000 / max(sum(unit * steps for _, unit, steps in plan), 1e-9)
 
     def done_units() -> int:
-        return int(scale * sum(_unit(run, name) * _steps_done(run, name) for name in names))
+        return int(scale * sum(unit * _steps_done(job.run, job.name) for job, unit, _ in plan))
 
-    with Progress("train", 1000, done_units()) as bar:
+    with Progress(label, 1000, done_units()) as bar:
         try:
             while queue.waiting or queue.running:
-                while queue.waiting and queue.slots:
-                    queue.running.append(_start(queue, queue.waiting.pop(0)))
+                for job in [job for job in queue.waiting if ready(job)][: len(queue.slots)]:
+                    queue.waiting.remove(job)
+                    queue.running.append(_start(queue, job))
                 if stop:
                     print("stopping: every job saves a checkpoint first", file=sys.stderr, flush=True)
                     raise stop.error("training")
                 time.sleep(_POLL)
                 _reap(queue)
-                bar.update(done_units(), _note(run, queue.running))
+                bar.update(done_units(), _note(queue.running))
         finally:
             _stop_all(queue)
         bar.update(1000)
