@@ -19,10 +19,11 @@ help:
 	@echo "make docs         the generated pages of docs/"
 
 # Installed anew only when what is declared has changed.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Archipel needs Python 3.11 or newer; set PYTHON=python3.12, for example"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-peers.txt
 	@touch $(STAMP)
 
 setup: $(STAMP)

@@ -13,7 +13,8 @@ import numpy as np
 
 from archipel.errors import ArchipelError
 
-DIVISOR = "n-1"  # the divisor of every covariance here, named in the protocol of a score
+DIVISOR = "n-1"  # the divisor of covariances, named in the protocol of a score
+DIVISORS = {"n-1": 1, "n": 0}  # "n" is for comparisons with programs that divide by it (cd-fvd, StyleGAN-V)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------
@@ -60,9 +61,15 @@ class Moments:
     @property
     def covariance(self) -> np.ndarray:
         """(d, d), divisor n - 1. Raises ArchipelError below two rows."""
+        return self.covariance_over(DIVISOR)
+
+    def covariance_over(self, divisor: str) -> np.ndarray:
+        """(d, d) with the divisor "n-1" or "n". Raises ArchipelError below two rows or for another divisor."""
+        if divisor not in DIVISORS:
+            raise ArchipelError(f"{divisor!r} is not a divisor of a covariance: there are {', '.join(DIVISORS)}")
         if self.n < 2:
             raise ArchipelError(f"a covariance of {self.n} clip(s) does not exist: at least 2 are needed")
-        return (self.outer - np.outer(self.total, self.total) / self.n) / (self.n - 1)
+        return (self.outer - np.outer(self.total, self.total) / self.n) / (self.n - DIVISORS[divisor])
 
 
 # --- Frechet ---------------------------------------------------------------------------------------------------------
@@ -91,9 +98,12 @@ def frechet_gaussian(
     return np.asarray(((mean_a - mean_b) ** 2).sum(-1) + trace - 2 * cross)
 
 
-def frechet(a: Moments, b: Moments) -> float:
-    """Frechet distance of two sets of clips from their moments (covariance divisor n - 1). Biased upwards in n."""
-    return float(frechet_gaussian(a.mean, a.covariance, b.mean, b.covariance))
+def frechet(a: Moments, b: Moments, divisor: str = DIVISOR) -> float:
+    """Frechet distance of two sets of clips from their moments (covariance ``divisor`` "n-1" or "n").
+
+    Biased upwards, the more so the fewer clips there are.
+    """
+    return float(frechet_gaussian(a.mean, a.covariance_over(divisor), b.mean, b.covariance_over(divisor)))
 
 
 @dataclass(frozen=True)
