@@ -98,7 +98,7 @@ def fit_codec(
     train, validation = (np.array(rows_of(clips, split), np.int64) for split in ("train", "validation"))
     settings = run.config.codec.model_dump(mode="json")
     spec = {"source": dict(source), "codec": settings, "train": store.sha256_json(train.tolist()), "code": CODEC_CODE}
-    spec["seed"] = run.config.run.seed
+    spec["seed"] = run.config.clips_seed
     if _codec_is(run, spec):
         return
     with store.lock(run.cache / ".codec.lock", f"the codec of {run.root}"):
@@ -107,7 +107,7 @@ def fit_codec(
         from archipel.encoders import codecs
 
         rows = pixels["clips"]
-        codec = codecs.fit_codec(run.config.codec, rows, train, seed=run.config.run.seed, stop=stop)
+        codec = codecs.fit_codec(run.config.codec, rows, train, seed=run.config.clips_seed, stop=stop)
 
         def batches(chosen: np.ndarray) -> Iterator[Tensor]:
             for begin in range(0, len(chosen), _CLIPS_AT_ONCE):

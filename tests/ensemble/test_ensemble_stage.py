@@ -199,3 +199,13 @@ def test_heun_and_a_validation_protocol_go_to_their_own_folder(build_run: Callab
     assert (shown / "top1.safetensors").exists() and not (shown / "full.safetensors").exists()
     noise = draws.clip_noise([3_000_000], (2,))
     assert not np.array_equal(noise, draws.clip_noise([0], (2,)))
+
+
+def test_runs_that_share_clips_share_captions_and_not_noise(build_run: Callable[..., Run]) -> None:
+    first = build_run(run={"seed": 1}, clips={"seed": 4})
+    second = Run(
+        first.root, first.config.model_copy(update={"run": first.config.run.model_copy(update={"seed": 2})}), ""
+    )
+    plans = [stage.Plan.of(run, "test", 8, ["top1"]) for run in (first, second)]
+    assert plans[0].rows.tolist() == plans[1].rows.tolist() == choose_rows(plans[0].clips, "test", 8, 4)
+    assert not set(plans[0].seeds) & set(plans[1].seeds)

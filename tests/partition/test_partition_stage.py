@@ -212,3 +212,16 @@ def test_one_cluster_is_everything(make_run: Make, make_blobs: Make, settings: d
     assert store.read_json(run.partition / "quality.json")["silhouette"] is None
     whole, only = (store.map_tensors(run.shard(name) / "train.safetensors") for name in ("monolith", "0"))
     assert all(np.array_equal(whole[key], only[key]) for key in whole)
+
+
+def test_the_partition_s_seed_is_its_own(make_run: Make) -> None:
+    generator = np.random.default_rng(3)
+    features, groups = generator.normal(size=(60, 6)), np.repeat(np.arange(30), 2).tolist()
+
+    def clusters(name: str, **part: Any) -> list[int]:
+        run = make_run(features, groups, name=name, k=3, method="random", **part)
+        partition(run)
+        return load_assignment(run).tolist()
+
+    plain = clusters("plain")
+    assert clusters("same", seed=0) == plain != clusters("other", seed=1)

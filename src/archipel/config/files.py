@@ -107,7 +107,21 @@ def to_toml(config: RunConfig) -> str:
         "# The science of this run, resolved. Written once; its sha256 is the run's id, and it wins on resume.\n"
         "# Every key is explained in docs/configuration.md.\n"
     )
-    return head + tomli_w.dumps(config.model_dump(mode="json"))
+    return head + tomli_w.dumps(_written(config))
+
+
+def _written(config: RunConfig) -> dict[str, Any]:
+    """All values but those of later keys at their defaults (see ``schema._later``)."""
+    values = config.model_dump(mode="json")
+    for name in RunConfig.model_fields:
+        section = getattr(config, name)
+        for key, field in type(section).model_fields.items() if isinstance(section, BaseModel) else ():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("later") and getattr(section, key) == field.default:
+                del values[name][key]
+        if isinstance(section, BaseModel) and not values[name]:  # a section of later keys only
+            del values[name]
+    return values
 
 
 def read(path: Path) -> tuple[RunConfig, str]:

@@ -16,6 +16,12 @@ Strategy = Literal["top1", "top2", "full", "threshold", "ancestral", "oracle", "
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
+def _later(default: Any, **about: Any) -> Any:
+    """A key that came after the first runs: it is written only where it differs from its default, so that the same
+    settings make the same ``run.toml``, and so the same run id, as before there was a choice."""
+    return Field(default, json_schema_extra={"later": True}, **about)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -87,6 +93,13 @@ class Clips(Section):
     license: str = Field(
         "", description="Licence of the source, for cards and reports; filled in where the source states one."
     )
+    seed: int = _later(
+        -1,
+        ge=-1,
+        lt=2**31,
+        description="Seed of what *prepare* draws (choice of clips, split, codec) and of the captions that are evaluated (-1: "
+        "run.seed): runs that differ in run.seed only can share clips, latents and captions.",
+    )
 
 
 class Codec(Section):
@@ -129,6 +142,7 @@ class Partition(Section):
     balanced: bool = Field(
         False, description="Bound every cluster to its equal share of training clips (rounded up to whole groups)."
     )
+    seed: int = _later(-1, ge=-1, lt=2**31, description="Seed of the clusters, or of the dealing (-1: run.seed).")
 
 
 class Backbone(Section):
@@ -239,6 +253,21 @@ class Evaluate(Section):
     image_size: int = Field(128, ge=32, le=512, description="Side of the image network's input.")
 
 
+class Study(Section):
+    """What `archipel study` needs beside the rest: chosen on validation, like every other setting."""
+
+    count: int = _later(
+        0,
+        ge=0,
+        description="Clips per arm, seed and prompt set (0: evaluate.count); captions come back with new noise.",
+    )
+    small_batch_lr: float = _later(
+        0.0,
+        ge=0,
+        description="Learning rate of the control monolith with batch B/K and K times the steps (0: monolith.lr).",
+    )
+
+
 class Islands(Section):
     """Agreed by all islands of a run, and therefore here and not in a machine's own settings."""
 
@@ -266,4 +295,14 @@ class RunConfig(Section):
     compute: Compute = Compute()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    study: Study = Study()
     islands: Islands = Islands()
+
+    @property
+    def clips_seed(self) -> int:
+        """Seed of what *prepare* draws, and of the captions that are evaluated."""
+        return self.run.seed if self.clips.seed < 0 else self.clips.seed
+
+    @property
+    def partition_seed(self) -> int:
+        return self.run.seed if self.partition.seed < 0 else self.partition.seed

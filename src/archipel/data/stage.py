@@ -62,7 +62,7 @@ def ingest(run: Run, stop: StopFlag, spread: Spread | None = None) -> None:
         return
     require("pyarrow")
     with store.lock(run.clips / ".lock", f"the clips of {run.root}"):
-        source = open_source(run.config.clips, run.config.run.seed, stop)
+        source = open_source(run.config.clips, run.config.clips_seed, stop)
         items = _limit(source.items(), run)
         if not items:
             raise ArchipelError(f"clips.source = {source.name!r} gives no clips" + _hint(run))
@@ -96,7 +96,7 @@ def _limit(items: Any, run: Run) -> list[Item]:
     count = run.config.clips.count
     if not count or len(items) <= count or run.config.clips.source == "shapes":
         return list(items)
-    seed = run.config.run.seed
+    seed = run.config.clips_seed
     usable = [item for item in items if not item.tolerated]
     ranked = sorted(usable, key=lambda item: store.sha256_bytes(f"{seed}:{item.key}".encode()))
     chosen = {item.key for item in ranked[:count]}
@@ -341,7 +341,7 @@ def _write_rejected(run: Run, items: list[Item], rejected: dict[str, str]) -> No
 
 def _splits(run: Run, kept: list[Candidate]) -> list[Split]:
     groups, given = [c.item.group for c in kept], [c.item.split for c in kept]
-    return assign_splits(groups, given, run.config.clips.split, run.config.run.seed)
+    return assign_splits(groups, given, run.config.clips.split, run.config.clips_seed)
 
 
 def _write(

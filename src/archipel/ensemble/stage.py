@@ -78,7 +78,7 @@ class Plan:
     @classmethod
     def of(cls, run: Run, split: str, count: int, arms: Sequence[str]) -> Plan:
         clips, seed = read_manifest(run.manifest), run.config.run.seed
-        rows = choose_rows(clips, split, count, seed)
+        rows = choose_rows(clips, split, count, run.config.clips_seed)
         seeds = [seed * SEEDS_PER_RUN + i for i in range(len(rows))]
         return cls(run, split, list(arms), clips, np.array(rows, dtype=np.int64), seeds, load_assignment(run)[rows])
 

@@ -129,7 +129,7 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
     made = _features(run, work, stop, extract)
     arms = {name: Arm(name, videos[name], made[name]) for name in present if name != REAL}
     arms[REAL] = Arm(REAL, videos[REAL], {name: table[rows] for name, table in cached.items()})
-    reference = reference_rows(clips, split, rows, run.config.run.seed)
+    reference = reference_rows(clips, split, rows, run.config.clips_seed)
     return Inputs(
         run=run,
         split=split,

@@ -109,7 +109,7 @@ class Clustering:
         mean = features[self.train].mean(0).astype(np.float32)
         self.points = kmeans.project(features, mean)
         groups = kmeans.gather(self.points[self.train], [clips[row].group for row in self.train])
-        self.centroids, owner, self.moved = assign_training(groups, mean, config, config.run.seed)
+        self.centroids, owner, self.moved = assign_training(groups, mean, config, config.partition_seed)
         self.offset = np.zeros(config.partition.k, np.float32)
         if config.partition.balanced and config.partition.method != "random":
             self.offset = balance.offsets(kmeans.distances(groups.points, self.centroids.coarse), groups.clips)
@@ -130,7 +130,7 @@ class Clustering:
             return
         groups = kmeans.gather(self.points[rows], [self.clips[row].group for row in rows])
         if self.config.partition.method == "random":
-            owner = controls.deal(groups.clips, self.config.partition.k, self.config.run.seed, split)
+            owner = controls.deal(groups.clips, self.config.partition.k, self.config.partition_seed, split)
         else:
             owner = (kmeans.distances(groups.points, self.centroids.coarse) + self.offset).argmin(1)
         self.cluster[rows] = owner[groups.of_clip]
@@ -138,7 +138,7 @@ class Clustering:
     def again(self, rerun: int) -> np.ndarray:
         """Labels of the training clips from another seed."""
         _, owner, _ = assign_training(
-            self.groups, self.centroids.mean, self.config, self.config.run.seed + (rerun << 32)
+            self.groups, self.centroids.mean, self.config, self.config.partition_seed + (rerun << 32)
         )
         return np.asarray(owner[self.groups.of_clip])
 
