@@ -40,15 +40,20 @@ def short(value: float) -> str:
 
 
 @functools.cache
-def student(df: int, level: float = LEVEL) -> float:
+def student(df: float, level: float = LEVEL) -> float:
     """Two-sided quantile of Student's t with ``df`` >= 1 degrees of freedom, by bisection of its closed-form tail.
 
+    Between whole numbers its logarithm is linear in 1 / df: never too small, and at most 3 % too large (at df 1.4).
     Source: Abramowitz & Stegun 26.7.3 and 26.7.4 (finite sums for integer degrees of freedom).
     """
+    below = math.floor(df)
+    if below < df <= 400:
+        share = (1 / df - 1 / (below + 1)) / (1 / below - 1 / (below + 1))
+        return float(student(below, level) ** share * student(below + 1, level) ** (1 - share))
     low, high = 0.0, 1e4
     for _ in range(200):
         middle = (low + high) / 2
-        if _student_inside(middle, df) < level:
+        if _student_inside(middle, below) < level:
             low = middle
         else:
             high = middle
@@ -147,10 +152,18 @@ def share_interval(hits: np.ndarray, groups: np.ndarray, level: float = LEVEL) -
         return Interval(share, 0.0, 1.0)
     left = estimates[1:]
     variance = float((units - 1) / units * ((left - left.mean()) ** 2).sum())
+    return wilson(share, variance, units - 1, units=units, clips=len(hits), level=level)
+
+
+def wilson(share: float, variance: float, df: float, *, units: int, clips: int, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a share whose estimate has ``variance`` with ``df`` degrees of freedom.
+
+    The effective number of clips is share (1 - share) / variance, at most ``clips``; ``units`` where no spread was seen.
+    """
     n = float(units)
     if variance > 0 and 0 < share < 1:
-        n = min(share * (1 - share) / variance, float(len(hits)))
-    t = student(units - 1, level)
+        n = min(share * (1 - share) / variance, float(clips))
+    t = student(df, level)
     middle = (share + t * t / (2 * n)) / (1 + t * t / n)
     reach = t / (1 + t * t / n) * np.sqrt(max(share * (1 - share), 0.0) / n + t * t / (4 * n * n))
     return Interval(share, max(0.0, min(float(middle - reach), share)), min(1.0, max(float(middle + reach), share)))
