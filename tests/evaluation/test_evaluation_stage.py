@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from archipel.evaluation.intervals import Interval
 from archipel.evaluation.measure import Score
 from archipel.evaluation.protocol import Protocol
 from archipel.evaluation.stage import evaluate
-from archipel.manifest import Clip, write_manifest
+from archipel.manifest import Clip, read_manifest, write_manifest
 from archipel.progress import StopFlag
 from archipel.run import Run
 
@@ -347,6 +348,33 @@ def test_a_circle_is_flagged() -> None:
     assert circle["independent"] == ["efficientnet-appearance", "efficientnet-motion"]
     random = {"partition": {"method": "random"}, "evaluate": {"primary": "KID-transnet"}}
     assert not verdicts.crossing(RunConfig.model_validate(random))["circle"]
+
+
+@pytest.mark.parametrize("features", ["efficientnet", "motion", "appearance+motion"])
+def test_a_partition_by_any_feature_of_a_network_is_judged_by_others(features: str) -> None:
+    primary = {"primary": "KID-efficientnet-appearance"}
+    with pytest.raises(ConfigError, match=r"network that made the clusters .* 'KID-transnet'"):
+        build({"partition": {"features": features}, "evaluate": primary})
+    old = RunConfig.model_validate({"partition": {"features": features}, "evaluate": primary})
+    crossed = verdicts.crossing(old)
+    assert crossed["circle"] and crossed["partition"] == features and crossed["independent"] == ["transnet"]
+    build({"partition": {"features": features, "method": "random"}, "evaluate": primary})
+
+
+def test_cluster_shares_and_the_probe_follow_the_features_of_the_partition(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", partition={"k": 2, "features": "appearance+motion"}, evaluate={"primary": "KID-transnet"}
+    )
+    table = cache.open_kind(run.cache, "features")
+    both = np.concatenate([np.asarray(table[f"efficientnet-{one}"][:]) for one in ("appearance", "motion")], 1)
+    shutil.rmtree(run.partition)
+    make_partition(run, both, read_manifest(run.manifest))
+    evaluate(run, extract=Networks())
+    rows, extra = store.read_json(run.scores("test")), store.read_json(stage.extra_path(run))
+    shares = [row for row in rows if row["metric"] == "cluster-share-0"]
+    assert {row["protocol"]["extractor"] for row in shares} == {"efficientnet-appearance+efficientnet-motion"}
+    assert sum(extra["clusters"]["arms"]["real"]) == pytest.approx(1)
+    assert extra["probe"].get("features", ["transnet"]) == ["transnet"] and not extra["extractors"]["circle"]
 
 
 def test_unknown_primary_names_the_nearest(tmp_path: Path) -> None:

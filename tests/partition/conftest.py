@@ -50,6 +50,7 @@ def fill_run(
         "features": {
             "transnet": values.astype(np.float32),
             "efficientnet-appearance": values[:, ::-1].astype(np.float32),
+            "efficientnet-motion": (1000 * np.sin(3 * values)).astype(np.float32),
         },
     }
     index = {}

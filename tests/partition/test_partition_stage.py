@@ -14,9 +14,10 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
 from archipel import store
+from archipel.cache import open_kind
 from archipel.errors import ArchipelError, MissingStageError, Stopped
 from archipel.manifest import read_manifest
-from archipel.partition.stage import load_assignment, nearest, partition
+from archipel.partition.stage import load_assignment, nearest, partition, unit_scale
 from archipel.progress import StopFlag
 from archipel.run import Run
 
@@ -225,3 +226,31 @@ def test_the_partition_s_seed_is_its_own(make_run: Make) -> None:
 
     plain = clusters("plain")
     assert clusters("same", seed=0) == plain != clusters("other", seed=1)
+
+
+def test_two_features_side_by_side_count_alike_whatever_their_scale(make_run: Make, make_blobs: Make) -> None:
+    values, groups, truth = make_blobs([20, 12, 8], noise=0.02)
+    run = make_run(values, groups, k=3, features="appearance+motion")
+    partition(run)
+    raw = [np.asarray(open_kind(run.cache, "features")[f"efficientnet-{one}"][:]) for one in ("appearance", "motion")]
+    train = np.flatnonzero([clip.split == "train" for clip in read_manifest(run.manifest)])
+    scaled = np.concatenate(raw, 1) * unit_scale(raw, train)
+    width = values.shape[1]
+    for part in (scaled[:, :width], scaled[:, width:]):
+        assert part[train].var(0).sum() == pytest.approx(1, rel=1e-5)
+    cluster = load_assignment(run)
+    assert adjusted_rand_score(truth, cluster) == 1.0
+    assert nearest(run, np.concatenate(raw, 1)).tolist() == cluster.tolist()  # raw: the scale is in the partition
+    card = store.read_card(run.partition)
+    assert card is not None and card["features"].endswith("/efficientnet-appearance+efficientnet-motion")
+    still = [raw[0], np.zeros_like(raw[1])]  # clips of one frame have no motion: nothing is divided by zero
+    assert np.isfinite(unit_scale(still, train)).all()
+
+
+def test_one_feature_leaves_no_scale_behind(make_run: Make, make_blobs: Make) -> None:
+    values, groups, _ = make_blobs([10, 10])
+    run = make_run(values, groups, k=2, features="motion")
+    partition(run)
+    assert "scale" not in store.map_tensors(run.partition / "centroids.safetensors")
+    motion = np.asarray(open_kind(run.cache, "features")["efficientnet-motion"][:])
+    assert nearest(run, motion).tolist() == load_assignment(run).tolist()

@@ -6,6 +6,7 @@
 from archipel.config.checks import check, check_count, rope_axes_for
 from archipel.config.files import build, known_keys, lookup, merge, parse, parse_sets, read, to_toml
 from archipel.config.schema import (
+    FEATURE_NETWORK,
     STRATEGIES,
     Backbone,
     Clips,
@@ -28,6 +29,7 @@ from archipel.config.schema import (
 )
 
 __all__ = [
+    "FEATURE_NETWORK",
     "STRATEGIES",
     "Backbone",
     "Clips",

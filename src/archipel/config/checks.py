@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from archipel.config.schema import Backbone, RunConfig
+from archipel.config.schema import FEATURE_NETWORK, Backbone, RunConfig
 from archipel.errors import ConfigError
 
 
@@ -93,12 +93,13 @@ def check(config: RunConfig) -> None:
 
 
 def _check_circle(config: RunConfig) -> None:
-    """The primary metric's extractor must not be the one that made the partition (no circles)."""
+    """The primary metric's network must not be the one that made the partition (no circles)."""
     partition, primary = config.partition, config.evaluate.primary
-    if partition.method == "kmeans" and f"-{partition.features}" in primary:
-        other = "transnet" if partition.features == "efficientnet" else "efficientnet-appearance"
+    network = FEATURE_NETWORK[partition.features]
+    if partition.method == "kmeans" and f"-{network}" in primary:
+        other = "transnet" if network == "efficientnet" else "efficientnet-appearance"
         raise ConfigError(
-            f"evaluate.primary = {primary!r} judges by the features that made the clusters "
+            f"evaluate.primary = {primary!r} judges by the network that made the clusters "
             f"(partition.features = {partition.features!r}): use another extractor's, such as 'KID-{other}'"
         )
 

@@ -11,7 +11,15 @@ from archipel import FORMAT
 
 SourceName = Literal["fluent-emoji", "shapes", "folder", "webdataset", "huggingface"]
 CodecName = Literal["patch-pca", "pixels"]
-FeatureName = Literal["efficientnet", "transnet", "text"]
+FeatureName = Literal["efficientnet", "transnet", "text", "motion", "appearance+motion"]
+# config.partition.features -> the networks that they come from: what made the clusters must not judge the clips.
+FEATURE_NETWORK: dict[FeatureName, str] = {
+    "efficientnet": "efficientnet",
+    "transnet": "transnet",
+    "text": "minilm",
+    "motion": "efficientnet",
+    "appearance+motion": "efficientnet",
+}
 Strategy = Literal["top1", "top2", "full", "threshold", "ancestral", "oracle", "monolith"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -133,7 +141,11 @@ class Partition(Section):
     method: Literal["kmeans", "random"] = Field(
         "kmeans", description="Semantic clusters, or the control: content groups dealt out at random."
     )
-    features: FeatureName = Field("transnet", description="Features to cluster by; not those of the primary metric.")
+    features: FeatureName = Field(
+        "transnet",
+        description="Features to cluster by; not of the primary metric's network. efficientnet is what its frames show, motion "
+        "how that changes between frames, appearance+motion both side by side, each scaled to unit variance.",
+    )
     fine: int = Field(
         48,
         ge=1,

@@ -10,7 +10,7 @@ import numpy as np
 
 from archipel import store
 from archipel.cache import open_kind
-from archipel.config import Evaluate
+from archipel.config import FEATURE_NETWORK, Evaluate
 from archipel.errors import ArchipelError, DamagedError
 from archipel.evaluation import probe
 from archipel.manifest import Clip, Split, read_manifest, rows_of
@@ -76,7 +76,8 @@ def _identity(run: Run, clips: Sequence[Clip], reference: np.ndarray) -> str:
 
 def probe_extractors(run: Run) -> tuple[str, ...]:
     """Features the probe reads: those of the network that did not make the partition."""
-    return (TRANSNET,) if run.config.partition.features == "efficientnet" else (APPEARANCE, MOTION)
+    made = FEATURE_NETWORK[run.config.partition.features]
+    return (TRANSNET,) if made == "efficientnet" else (APPEARANCE, MOTION)
 
 
 def default_extract(names: Sequence[str], clips: np.ndarray, config: Evaluate) -> Mapping[str, Any]:

@@ -8,18 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from archipel.evaluation import copying, distances, intervals, probe
+from archipel.evaluation import distances, intervals, probe, sides
 from archipel.evaluation.inputs import EXTRACTORS, LAYER, NETWORK, REAL, REVERSED, STATIC, Inputs, features_identity
 from archipel.evaluation.intervals import Interval
 from archipel.evaluation.motion import motion
 from archipel.evaluation.protocol import Protocol
+from archipel.evaluation.sides import CopyingSide, FrechetSide, KernelSide
 from archipel.manifest import rows_of
-
-HALVINGS = 8
-UNITS = 24  # groups are packed into at most so many units for the Frechet jackknife
-FLOOR_HALVINGS = 200
-NEIGHBOURS = 5
-CLIPS_PER_DIMENSION = 3
 
 
 def clean(interval: Interval) -> dict[str, float | None]:
@@ -62,10 +57,7 @@ class Frame:
     def of(cls, inputs: Inputs) -> Frame:
         (group, reference), count = intervals.number_groups(inputs.groups(inputs.rows), inputs.groups(inputs.reference))
         seed = inputs.run.config.run.seed
-        unit = intervals.pack_units(count, UNITS, seed)
-        units = int(unit.max()) + 1
-        plan = distances.HalfPlan.make(units, HALVINGS, seed) if units >= 4 else None
-        return cls(inputs, group, reference, count, caption_passes(inputs.rows), unit, plan)
+        return cls(inputs, group, reference, count, sides.caption_passes(inputs.rows), *sides.half_plan(count, seed))
 
     @property
     def groups(self) -> int:
@@ -96,30 +88,7 @@ class Frame:
         )
 
 
-def caption_passes(rows: np.ndarray) -> list[np.ndarray]:
-    """Indices of the first, second, ... clip of every caption; only passes that are as long as the first.
-
-    Frechet distances depend on N, so an estimate must hold one clip per caption, like the real clips it is held against.
-    """
-    seen: dict[int, int] = {}
-    turn = np.empty(len(rows), np.int64)
-    for index, row in enumerate(rows.tolist()):
-        turn[index] = seen.get(row, 0)
-        seen[row] = int(turn[index]) + 1
-    found = [np.flatnonzero(turn == number) for number in range(int(turn.max()) + 1)]
-    return [indices for indices in found if len(indices) == len(found[0])]
-
-
 # --- distances -------------------------------------------------------------------------------------------------------
-
-
-def pca_dims(asked: int, clips: int) -> int:
-    """Dimensions for Frechet distances: at most a third of the clips, so that half of them span the space.
-
-    Beyond that the bias is no longer of order 1/n and its correction fails (measured: 24 clips in 32 dimensions gave
-    0.00 where the truth was 0.96; in 8 dimensions 0.33 where it was 0.27).
-    """
-    return max(1, min(asked, clips // CLIPS_PER_DIMENSION))
 
 
 def frechet_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Iterator[Score]:
@@ -131,21 +100,19 @@ def frechet_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Itera
         facts["left_out"].append(f"FD-{extractor}: {frame.count} content groups are too few for two halves")
         return
     table = inputs.features[extractor]
-    pca = distances.fit_pca(table[inputs.train], pca_dims(asked, len(passed)))
+    pca = distances.fit_pca(table[inputs.train], sides.pca_dims(asked, len(passed)))
     facts["pca"][extractor] = {"dims": pca.dims, "asked": asked, "explained": pca.explained}
-    units = int(frame.unit.max()) + 1
-
-    def unit_moments(features: np.ndarray, group: np.ndarray) -> distances.UnitMoments:
-        return distances.UnitMoments.of(pca(features), frame.unit[group], units)
-
-    side = distances.HalfReference(unit_moments(table[inputs.reference], frame.reference_group), plan)
-    floor = side.distances(unit_moments(inputs.arms[REAL].features[extractor][passed], frame.group[passed]))
+    real = inputs.arms[REAL].features[extractor]
+    side = FrechetSide(
+        pca,
+        frame.unit,
+        plan,
+        (table[inputs.reference], frame.reference_group),
+        (real[passed], frame.group[passed]),
+    )
     half = {"n": len(passed) // 2, "reference": len(inputs.reference) // 2, "pca": pca.dims}
     for name, arm in inputs.arms.items():
-        raw = floor
-        if name != REAL:
-            parts = [unit_moments(arm.features[extractor][one], frame.group[one]) for one in frame.passes]
-            raw = np.mean([side.distances(part) for part in parts], axis=0)
+        raw = side.floor if name == REAL else side.distances(arm.features[extractor], frame.group, frame.passes)
         used = len(passed) * (1 if name == REAL else len(frame.passes))
         if not np.isfinite(raw).all():
             facts["left_out"].append(f"FD-{extractor} of {name}: a half of the clips holds fewer than two")
@@ -156,7 +123,7 @@ def frechet_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Itera
         bounds = Interval(bounds.value, max(bounds.low, 0.0) if bounds.low == bounds.low else bounds.low, bounds.high)
         yield Score(name, f"FD-{extractor}", bounds, *common, raw_protocol, raw)
         if name != REAL:
-            excess = raw - floor
+            excess = raw - side.floor
             facts["uncorrected_excess"].setdefault(extractor, {})[name] = float(excess[0])
             protocol = frame.protocol("frechet less its real floor, jackknife bias correction", extractor, **half)
             value = intervals.jackknife(excess, correct=True)
@@ -168,23 +135,18 @@ def kid_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Iterator[
     inputs = frame.inputs
     reference = inputs.features[extractor][inputs.reference]
     protocol = frame.protocol("kid, unbiased, pairs of different groups", extractor, reference=len(reference))
+    side = KernelSide(reference, frame.reference_group, frame.count)
     for name, arm in inputs.arms.items():
         if name == REAL:
             continue
-        kernel = distances.GroupKernel.of(
-            arm.features[extractor], frame.group, reference, frame.reference_group, frame.count
-        )
-        left = kernel.estimate()
+        left = side.distances(arm.features[extractor], frame.group)
         if not np.isfinite(left[0]):
             facts["left_out"].append(f"KID-{extractor} of {name}: there are no two content groups")
             continue
         yield Score(name, f"KID-{extractor}", intervals.jackknife(left), len(inputs.rows), frame.groups, protocol, left)
-    if frame.count < 4:
+    value = side.floor(inputs.run.config.run.seed)
+    if value is None:
         return
-    kernel = distances.GroupKernel.of(reference, frame.reference_group, reference, frame.reference_group, frame.count)
-    halves = distances.halves(frame.count, FLOOR_HALVINGS, inputs.run.config.run.seed)
-    values = np.array([kernel.between(half, ~half) for half in halves])
-    low, high = np.quantile(values, [(1 - intervals.LEVEL) / 2, (1 + intervals.LEVEL) / 2])
     floor = frame.protocol(
         "kid, unbiased, between halves of the real clips; bounds: spread over halvings",
         extractor,
@@ -192,9 +154,7 @@ def kid_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Iterator[
         reference=len(reference) // 2,
     )
     groups = len(np.unique(frame.reference_group))
-    yield Score(
-        REAL, f"KID-{extractor}", Interval(float(values.mean()), float(low), float(high)), len(reference), groups, floor
-    )
+    yield Score(REAL, f"KID-{extractor}", value, len(reference), groups, floor)
 
 
 # --- copying and motion ----------------------------------------------------------------------------------------------
@@ -204,43 +164,14 @@ def copying_scores(frame: Frame, extractor: str) -> Iterator[Score]:
     """Nearest training and real clips, precision, recall, density, coverage of every arm."""
     inputs = frame.inputs
     table = inputs.features[extractor]
-    train, reference = table[inputs.train], table[inputs.reference]
-    same = frame.group[:, None] == frame.reference_group[None]
-    real_distance = copying.nearest(reference, train)
-    own = frame.reference_group[:, None] == frame.reference_group[None]
-    real_ratio = copying.train_over_test(reference, train, reference, own)
-    k = copying.neighbours(len(reference), NEIGHBOURS)
+    reference = table[inputs.reference]
+    side = CopyingSide(reference, frame.reference_group, inputs.split, table[inputs.train])
     for name, arm in inputs.arms.items():
-        features = arm.features[extractor]
-        to_train = copying.nearest(features, train)
-        terms = {
-            "nearest-train": (to_train, frame.group, f"nearest of {len(train)} training clips"),
-            "share-nearer-train": (
-                copying.nearer_than(to_train, real_distance),
-                frame.group,
-                "probability to be nearer to training clips than a real clip of the split",
-            ),
-        }
-        terms["train-over-test"] = (
-            copying.nearer_than(copying.train_over_test(features, train, reference, same), real_ratio),
-            frame.group,
-            "probability that nearest training over nearest real distance is below that of a real clip of the split",
-        )
-        if not same.all(1).any():
-            to_test = copying.nearest(features, reference, same)
-            terms["nearest-test"] = (to_test, frame.group, f"nearest real {inputs.split} clip of another group")
-            cover = copying.coverage(reference, features, k, frame.reference_group, frame.group)
-            rule = f"k = {k}, pairs of different groups"
-            terms["precision"] = (cover.precision, frame.group, rule)
-            terms["recall"] = (cover.recall, frame.reference_group, rule)
-            terms["density"] = (cover.density, frame.group, rule)
-            terms["coverage"] = (cover.coverage, frame.reference_group, rule)
-        for metric, (values, group, rule) in terms.items():
-            share = metric in ("share-nearer-train", "train-over-test", "precision", "recall", "coverage")
-            value = (intervals.share_interval if share else intervals.mean_interval)(values, group)
-            left = intervals.leave_out_means(values, group, frame.count)
-            protocol = frame.protocol(f"{metric}: {rule}", extractor, reference=len(reference))
-            yield Score(name, metric, value, len(values), len(np.unique(group)), protocol, left)
+        for metric, term in side.terms(arm.features[extractor], frame.group).items():
+            value = (intervals.share_interval if term.share else intervals.mean_interval)(term.values, term.group)
+            left = intervals.leave_out_means(term.values, term.group, frame.count)
+            protocol = frame.protocol(f"{metric}: {term.rule}", extractor, reference=len(reference))
+            yield Score(name, metric, value, len(term.values), len(np.unique(term.group)), protocol, left)
 
 
 def motion_scores(frame: Frame) -> Iterator[Score]:
@@ -259,6 +190,7 @@ def motion_scores(frame: Frame) -> Iterator[Score]:
 def cluster_scores(frame: Frame, facts: dict[str, Any]) -> Iterator[Score]:
     """Share of every arm's clips whose features lie nearest to each cluster's centroid."""
     from archipel.partition.assignment import load_assignment, nearest
+    from archipel.partition.stage import FEATURES
 
     inputs = frame.inputs
     part = inputs.run.config.partition
@@ -274,16 +206,16 @@ def cluster_scores(frame: Frame, facts: dict[str, Any]) -> Iterator[Score]:
         "captions": data(inputs.rows),
     }
     facts["clusters"] = {**tables, "arms": {}}
-    extractor = {"efficientnet": EXTRACTORS[0], "transnet": EXTRACTORS[2]}.get(part.features)
-    if extractor is None or part.method != "kmeans":
+    kind, names = FEATURES[part.features]
+    if kind != "features" or part.method != "kmeans":
         why = "was dealt at random" if part.method != "kmeans" else "was made from captions"
         facts["left_out"].append(
             f"cluster shares of arms: the partition {why}, so generated clips have no nearest cluster"
         )
         return
-    protocol = frame.protocol("share of clips nearest to the centroid", extractor, reference=len(inputs.train))
+    protocol = frame.protocol("share of clips nearest to the centroid", "+".join(names), reference=len(inputs.train))
     for name, arm in inputs.arms.items():
-        owner = nearest(inputs.run, arm.features[extractor])
+        owner = nearest(inputs.run, np.concatenate([arm.features[one] for one in names], 1))
         facts["clusters"]["arms"][name] = [float((owner == k).mean()) for k in range(part.k)]
         for k in range(part.k):
             hits = (owner == k).astype(np.float64)

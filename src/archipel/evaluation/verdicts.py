@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from archipel.config import RunConfig
+from archipel.config import FEATURE_NETWORK, RunConfig
 from archipel.evaluation import intervals
 from archipel.evaluation.inputs import EXTRACTORS, NETWORK, REAL
 from archipel.evaluation.intervals import FEW_GROUPS, Interval
@@ -116,8 +116,9 @@ def crossing(config: RunConfig) -> dict[str, Any]:
     primary = config.evaluate.primary
     extractor = next((name for name in EXTRACTORS if primary.endswith(name)), EXTRACTORS[0])
     made = config.partition.features if config.partition.method == "kmeans" else "random"
-    circle = NETWORK[extractor] == made
-    independent = [name for name in EXTRACTORS if NETWORK[name] != made]
+    network = FEATURE_NETWORK[config.partition.features] if config.partition.method == "kmeans" else None
+    circle = NETWORK[extractor] == network
+    independent = [name for name in EXTRACTORS if NETWORK[name] != network]
     if circle:
         said = (
             f"The primary metric {primary} uses {NETWORK[extractor]}, which also made the partition: this is a circle "

@@ -32,7 +32,8 @@ def load_assignment(run: Run) -> np.ndarray:
 
 
 def nearest(run: Run, features: np.ndarray) -> np.ndarray:
-    """Cluster (B,) int64 of the nearest centroid for raw features (B, D) of the extractor the partition was made with.
+    """Cluster (B,) int64 of the nearest centroid for raw features (B, D) of the extractor the partition was made with
+    (of several: side by side).
 
     Where clusters are balanced, after the partition's offsets. For clips of the run itself ``load_assignment`` is the
     answer (whole groups); this is for clips outside it. In a random partition the centroids lie close together and the
@@ -46,5 +47,7 @@ def nearest(run: Run, features: np.ndarray) -> np.ndarray:
             f"features of shape {features.shape} do not fit centroids of width {len(found['mean'])}: "
             f"the partition was made with {run.config.partition.features}"
         )
+    if "scale" in found:
+        features = np.asarray(features, np.float64) * found["scale"]
     distance = kmeans.distances(kmeans.project(features, found["mean"]), found["coarse"])
     return np.asarray((distance + found.get("offset", 0)).argmin(1))

@@ -26,11 +26,13 @@ __all__ = ["FEATURES", "Clustering", "load_assignment", "nearest", "partition"]
 
 logger = logging.getLogger("archipel")
 
-# config.partition.features -> (kind of cache entry, its tensor)
-FEATURES: dict[FeatureName, tuple[str, str]] = {
-    "efficientnet": ("features", "efficientnet-appearance"),
-    "transnet": ("features", "transnet"),
-    "text": ("text", "pooled"),
+# config.partition.features -> (kind of cache entry, its tensors side by side)
+FEATURES: dict[FeatureName, tuple[str, tuple[str, ...]]] = {
+    "efficientnet": ("features", ("efficientnet-appearance",)),
+    "transnet": ("features", ("transnet",)),
+    "text": ("text", ("pooled",)),
+    "motion": ("features", ("efficientnet-motion",)),
+    "appearance+motion": ("features", ("efficientnet-appearance", "efficientnet-motion")),
 }
 
 
@@ -52,15 +54,17 @@ def _cluster(run: Run, stop: StopFlag | None) -> None:
     part = run.config.partition
     clips = read_manifest(run.manifest)
     check_groups(clips)
-    kind, name = FEATURES[part.features]
+    kind, names = FEATURES[part.features]
     entry = open_kind(run.cache, kind)
-    features = np.asarray(entry[name][:], np.float64)
+    parts = [np.asarray(entry[name][:], np.float64) for name in names]
+    features = np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
     if len(features) != len(clips):
         raise DamagedError(
             f"{entry.folder} has {len(features)} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
         )
     with Progress("partition: clusters", 3 + quality.RERUNS) as bar:
-        result = Clustering(clips, features, run.config)
+        scale = unit_scale(parts, np.array(rows_of(clips, "train"), np.int64)) if len(parts) > 1 else None
+        result = Clustering(clips, features, run.config, scale)
         bar.advance()
         numbers = _measure(result, stop, bar)
         folder = run.partition
@@ -80,7 +84,7 @@ def _cluster(run: Run, stop: StopFlag | None) -> None:
         files,
         k=part.k,
         method=part.method,
-        features=entry.folder.name + "/" + name,
+        features=entry.folder.name + "/" + "+".join(names),
         rows=len(clips),
     )
 
@@ -96,11 +100,27 @@ def check_groups(clips: Sequence[Clip]) -> None:
             )
 
 
-class Clustering:
-    """A partition in memory: ``cluster`` and ``fine`` (N,) int64, ``distance`` (N,) float64 per clip; its centroids."""
+def unit_scale(parts: Sequence[np.ndarray], train: np.ndarray) -> np.ndarray:
+    """Factors (sum of D,) float32 that give each of several features (N, D), laid side by side, unit total variance over
+    the rows ``train``: none of them decides the clusters by being larger or wider. One that does not vary stays as it is."""
+    factors = []
+    for part in parts:
+        total = float(part[train].var(0).sum()) if len(train) else 0.0
+        factors.append(np.full(part.shape[1], 1 / np.sqrt(total) if total > 0 else 1.0, np.float32))
+    return np.concatenate(factors)
 
-    def __init__(self, clips: Sequence[Clip], features: np.ndarray, config: RunConfig) -> None:
-        self.clips, self.config = clips, config
+
+class Clustering:
+    """A partition in memory: ``cluster`` and ``fine`` (N,) int64, ``distance`` (N,) float64 per clip; its centroids.
+
+    ``scale`` (D,): what raw features (N, D) are multiplied by first, where they are several side by side.
+    """
+
+    def __init__(
+        self, clips: Sequence[Clip], features: np.ndarray, config: RunConfig, scale: np.ndarray | None = None
+    ) -> None:
+        self.clips, self.config, self.scale = clips, config, scale
+        features = features if scale is None else features * scale
         self.train = np.array(rows_of(list(clips), "train"), np.int64)
         if not len(self.train):
             raise ArchipelError(
@@ -203,6 +223,7 @@ def _write_tables(folder: Path, result: Clustering, numbers: dict[str, Any]) -> 
         "fine": found.fine,
         "fine_cluster": found.fine_cluster.astype(np.int64),
         "offset": result.offset,
+        **({} if result.scale is None else {"scale": result.scale}),
     }
     store.write_tensors(folder / "centroids.safetensors", tensors)
     table = pa.table(
