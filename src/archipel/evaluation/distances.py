@@ -271,17 +271,24 @@ class GroupKernel:
     n_b: np.ndarray
 
     @classmethod
-    def of(cls, a: np.ndarray, group_a: np.ndarray, b: np.ndarray, group_b: np.ndarray, groups: int) -> GroupKernel:
-        """a (n, D), b (m, D) features; group_a (n,), group_b (m,) int in [0, groups)."""
+    def of(
+        cls,
+        a: np.ndarray,
+        group_a: np.ndarray,
+        b: np.ndarray,
+        group_b: np.ndarray,
+        groups: int,
+        *,
+        other: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> GroupKernel:
+        """a (n, D), b (m, D) features; group_a (n,), group_b (m,) int in [0, groups).
+
+        ``other``: bb and n_b where the caller has them from another arm held against the same b.
+        """
         one = (np.asarray(group_a)[None, :] == np.arange(groups)[:, None]).astype(np.float64)
         two = (np.asarray(group_b)[None, :] == np.arange(groups)[:, None]).astype(np.float64)
-        return cls(
-            one @ polynomial_kernel(a, a) @ one.T,
-            two @ polynomial_kernel(b, b) @ two.T,
-            one @ polynomial_kernel(a, b) @ two.T,
-            one.sum(1),
-            two.sum(1),
-        )
+        bb, n_b = other if other is not None else (two @ polynomial_kernel(b, b) @ two.T, two.sum(1))
+        return cls(one @ polynomial_kernel(a, a) @ one.T, bb, one @ polynomial_kernel(a, b) @ two.T, one.sum(1), n_b)
 
     def estimate(self) -> np.ndarray:
         """KID (row 0) and KID without each group (row 1 + g): (1 + G,); nan where no pair of different groups is left."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from archipel.evaluation import distances, intervals, probe, sides
-from archipel.evaluation.inputs import EXTRACTORS, LAYER, NETWORK, REAL, REVERSED, STATIC, Inputs, features_identity
+from archipel.evaluation.inputs import LAYER, NETWORK, REAL, REVERSED, STATIC, Inputs, features_identity
 from archipel.evaluation.intervals import Interval
 from archipel.evaluation.motion import motion
 from archipel.evaluation.protocol import Protocol
