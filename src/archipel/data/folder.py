@@ -29,12 +29,12 @@ from archipel.data.tables import TABLE_SUFFIXES, read_table
 from archipel.errors import ArchipelError
 
 
-def find_videos(root: Path) -> list[Path]:
+def find_videos(root: Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[Path]:
     """Clips anywhere below ``root``, by suffix, in the order of their names; hidden files are left out."""
     found = []
     for path in root.rglob("*"):
         relative = path.relative_to(root)
-        if path.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in relative.parts):
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in relative.parts):
             found.append(relative)
     return sorted(found, key=lambda path: printable(path.as_posix()))
 
@@ -46,6 +46,30 @@ def find_table(root: Path) -> Path | None:
         names = ", ".join(path.name for path in tables)
         raise ArchipelError(f"{root} holds several tables ({names}): keep the one that names the clips")
     return tables[0] if tables else None
+
+
+def read_inside(root: Path, relative: Path, limit: int) -> bytes:
+    """At most ``limit`` bytes of a file that really lies in the folder. Raises Rejected where they cannot be had."""
+    path = root / relative
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise Rejected("outside the folder: a link leads elsewhere, and is not followed")
+        if not path.exists():
+            raise Rejected("missing: there is no such file")
+        if not path.is_file():
+            raise Rejected("not a clip: not a regular file")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        raise Rejected(f"unreadable: {type(error).__name__}") from error
+
+
+def read_clip(root: Path, relative: Path) -> bytes:
+    """The bytes of a clip that really lies in the folder. Raises Rejected where they cannot be had."""
+    data = read_inside(root, relative, MAX_CLIP_BYTES + 1)
+    if len(data) > MAX_CLIP_BYTES:
+        raise Rejected("too large: over 2 GiB; cut it into clips first")
+    return data
 
 
 class Folder:
@@ -110,25 +134,10 @@ class Folder:
         return items
 
     def _contents(self, relative: Path, limit: int) -> bytes:
-        """At most ``limit`` bytes of a file that really lies in the folder."""
-        path = self.root / relative
-        try:
-            if not path.resolve().is_relative_to(self.root.resolve()):
-                raise Rejected("outside the folder: a link leads elsewhere, and is not followed")
-            if not path.exists():
-                raise Rejected("missing: there is no such file")
-            if not path.is_file():
-                raise Rejected("not a clip: not a regular file")
-            with open(path, "rb") as file:
-                return file.read(limit)
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
-            raise Rejected(f"unreadable: {type(error).__name__}") from error
+        return read_inside(self.root, relative, limit)
 
     def read(self, item: Item) -> bytes:
-        data = self._contents(self._paths[item.key], MAX_CLIP_BYTES + 1)
-        if len(data) > MAX_CLIP_BYTES:
-            raise Rejected("too large: over 2 GiB; cut it into clips first")
-        return data
+        return read_clip(self.root, self._paths[item.key])
 
     def decode(self, item: Item, data: bytes, window: Window) -> np.ndarray:
         return decode_clip(data, window)
