@@ -307,8 +307,9 @@ def test_a_refusal_by_a_cheap_rule_imports_no_torch(forge: Any) -> None:
 # --- the closed forms ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("over", [{}, {"router": {"reads": "text"}}])
 @pytest.mark.parametrize("preset", ["tiny", "demo", "gpu"])
-def test_what_is_wanted_is_what_we_build(preset: str) -> None:
+def test_what_is_wanted_is_what_we_build(preset: str, over: dict[str, Any]) -> None:
     import torch
 
     from archipel import config as configuration
@@ -318,7 +319,7 @@ def test_what_is_wanted_is_what_we_build(preset: str) -> None:
     from archipel.backbones.router import build_router
     from archipel.islands.network import wanted_config, wanted_facts, wanted_tensors
 
-    config = configuration.build(presets.fit_rope(presets.values(preset)))
+    config = configuration.build(configuration.merge(presets.fit_rope(presets.values(preset)), over))
     builders: list[tuple[str, Callable[..., Any]]] = [
         ("0", build_expert),
         ("monolith", build_expert),

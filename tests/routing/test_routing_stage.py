@@ -42,9 +42,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_run(root: Path, validation: int = 16) -> Run:
-    """Two clusters that latents tell apart, in ``shards/all`` and the manifest; nothing else."""
-    run = Run.create(root, configuration.build(SETTINGS))
+def make_run(root: Path, validation: int = 16, **router: Any) -> Run:
+    """Two clusters that latents tell apart (and captions, where the router reads them only), in ``shards/all`` and the
+    manifest; nothing else."""
+    run = Run.create(root, configuration.build(configuration.merge(SETTINGS, {"router": router})))
     generator = np.random.default_rng(0)
     count = 48 + validation
     cluster = np.arange(count) % 3 // 2  # shares 2/3 and 1/3
@@ -56,6 +57,8 @@ def make_run(root: Path, validation: int = 16) -> Run:
     write_manifest(run.manifest, clips)
     store.write_card(run.clips, "clips", run.id, ["manifest.parquet"])
     pooled = generator.normal(size=(count, 384)) * 0.1
+    if router.get("reads") == "text":
+        pooled[:, :192] += 2.0 * cluster[:, None] - 1.0
     arrays = {
         "latents": (generator.normal(size=(count, 6, 1, 2, 2)) * 0.5 + 2.0 * cluster[:, None, None, None, None] - 1.0),
         "tokens": np.zeros((count, 4, 384)),
@@ -120,6 +123,52 @@ def test_loaded_it_is_a_posterior(routed: Run) -> None:
     far = router(torch.stack([x[0] * 0 + 1, x[0] * 0 - 1]), torch.full((2,), 0.05), cond[:2])
     assert far[0, 1] > 0.9
     assert far[1, 0] > 0.9
+
+
+def _asked(seed: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    g = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(4, 384, generator=g)
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, False, False, False], [False] * 4])
+    return (
+        torch.randn(4, 6, 1, 2, 2, generator=g),
+        torch.rand(4, generator=g),
+        Conditioning(torch.zeros(4, 4, 384), mask, pooled),
+    )
+
+
+def test_a_router_of_captions_only_answers_alike_whatever_the_clip(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", reads="text")
+    route(run, threads=1)
+    router = load_router(run)
+    card = store.read_card(run.expert("router"))
+    assert card is not None and card["network"]["reads"] == "text" and store.check_card(run.expert("router")) == []
+    (x, t, cond), (other, later, _) = _asked(0), _asked(1)
+    assert torch.equal(router(x, t, cond), router(other * 100, later, cond))
+    assert not torch.allclose(router(x, t, cond), router(x, t, _asked(1)[2]), atol=1e-3)
+    numbers = store.read_json(run.expert("router") / "quality.json")
+    assert numbers["with_text"]["accuracy"] > 0.9 > numbers["without_text"]["accuracy"]
+    assert len({bin["accuracy"] for bin in numbers["with_text"]["bins"]}) == 1  # noise does not matter to it
+
+
+def test_a_router_of_latents_only_answers_alike_whatever_the_caption(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", reads="latent")
+    route(run, threads=1)
+    router = load_router(run)
+    (x, t, cond), (other, _, said) = _asked(0), _asked(1)
+    assert torch.equal(router(x, t, cond), router(x, t, said))
+    assert torch.equal(router(x, t, cond), router(x, t, cond.null()))
+    assert not torch.allclose(router(x, t, cond), router(other, t, cond), atol=1e-3)
+    numbers = store.read_json(run.expert("router") / "quality.json")
+    assert numbers["with_text"] == numbers["without_text"]
+    assert numbers["with_text"]["bins"][0]["accuracy"] > 0.9
+
+
+def test_a_router_that_reads_something_else_is_refused(routed: Run, copy_of: Callable[[Run], Run]) -> None:
+    run = copy_of(routed)
+    part = run.config.router.model_copy(update={"reads": "text"})
+    other = Run(run.root, run.config.model_copy(update={"router": part}), run.id)
+    with pytest.raises(DamagedError, match=r"reads both, run.toml has router.reads = 'text'"):
+        load_router(other)
 
 
 def test_again_changes_nothing_and_another_run_of_the_same_gives_the_same(routed: Run, tmp_path: Path) -> None:

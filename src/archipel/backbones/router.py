@@ -7,8 +7,9 @@ Decentralized Diffusion Models (arXiv 2501.05450), section 3: its cross-entropy 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -16,17 +17,29 @@ from torch import Tensor, nn
 
 from archipel.backbones import base
 from archipel.backbones.flux import pack, text_ids, video_ids
-from archipel.config import RunConfig
+from archipel.config import Reads, RunConfig
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError
+from archipel.flow import draws
+
+
+@lru_cache(maxsize=16)
+def _pure_noise(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The noise (1, C, T, H, W) that stands in for every clip where the router reads the caption only."""
+    return torch.from_numpy(draws.normals(0, [0], shape, purpose=draws.ROUTE)).to(device)
 
 
 class FluxRouter(base.Backbone):
-    """``router(x, t, cond) -> logits``. ``facts``: {"role": "router", "experts": K, "latent_shape", "text_shape"}."""
+    """``router(x, t, cond) -> logits``. ``facts``: {"role": "router", "experts": K, "latent_shape", "text_shape"[, "reads"]}.
+
+    ``reads``, in training as in use: "latent": every caption is taken as the null text; "text": every clip is taken as one
+    fixed noise at t = 1, where p(k | x_t, t, c) is p(k | c).
+    """
 
     def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.facts, self.experts = network, dict(facts), int(facts["experts"])
+        self.reads = str(facts.get("reads", "both"))
 
     def ends(self) -> list[nn.Module]:
         return base.flux_ends(self.network)
@@ -34,10 +47,15 @@ class FluxRouter(base.Backbone):
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise; of ``cond`` only ``pooled`` (B, P) -> logits (B, K)."""
         B, _, T, H, W = x.shape
+        pooled = cond.pooled
+        if self.reads == "latent":
+            pooled = torch.zeros_like(pooled)
+        elif self.reads == "text":
+            x, t = _pure_noise(tuple(x.shape[1:]), x.device).to(x.dtype).expand_as(x), torch.ones_like(t)
         (output,) = self.network(
             hidden_states=pack(x),
             encoder_hidden_states=cond.tokens.new_zeros(B, 0, cond.tokens.shape[-1]),
-            pooled_projections=cond.pooled,
+            pooled_projections=pooled,
             timestep=t,
             img_ids=video_ids(T, H, W, x.device),
             txt_ids=text_ids(0, x.device),
@@ -76,13 +94,14 @@ def build_router(
         base.zero_modulation(network)
     text = [text_tokens, text_width, pooled_width]
     facts = {"role": "router", "experts": config.partition.k, "latent_shape": list(latent_shape), "text_shape": text}
-    return FluxRouter(network, facts)
+    return FluxRouter(network, facts | ({} if part.reads == "both" else {"reads": part.reads}))
 
 
 def load_router_network(folder: Path) -> FluxRouter:
     """A trained router on the CPU, in eval mode. Raises MissingStageError, DamagedError."""
     facts, config, tensors = base.read_folder(folder, "train RUN router")
     network = base.build_flux(config, tensors, folder)
-    if facts.get("role") != "router" or facts.get("experts") != config.get("out_channels"):
+    known = facts.get("role") == "router" and facts.get("reads", "both") in get_args(Reads)
+    if not known or facts.get("experts") != config.get("out_channels"):
         raise DamagedError(f"{folder / 'card.json'}: network = {facts!r} does not describe this router")
     return FluxRouter(network, facts).eval()

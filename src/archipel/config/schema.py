@@ -21,6 +21,7 @@ FEATURE_NETWORK: dict[FeatureName, str] = {
     "appearance+motion": "efficientnet",
 }
 Strategy = Literal["top1", "top2", "full", "threshold", "ancestral", "oracle", "monolith"]
+Reads = Literal["both", "latent", "text"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -213,6 +214,11 @@ class Router(Backbone):
     batch: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.1
+    reads: Reads = _later(
+        "both",
+        description="What the router looks at: the noisy latents and the caption, or (controls) one of them only: latent never "
+        "sees a caption; text sees noise of t = 1 instead of the latents and gives p(k | caption).",
+    )
 
 
 class Compute(Section):

@@ -40,7 +40,8 @@ def wanted_facts(config: RunConfig, name: str) -> dict[str, Any]:
     """``network`` of a job's card."""
     shapes = {"latent_shape": list(flops.latent_shape(config)), "text_shape": list(flops.text_shape(config))}
     if name == ROUTER:
-        return {"role": "router", "experts": config.partition.k, **shapes}
+        reads = {} if config.router.reads == "both" else {"reads": config.router.reads}
+        return {"role": "router", "experts": config.partition.k, **shapes, **reads}
     return {"role": "expert", "prediction": config.expert.prediction, **shapes}
 
 

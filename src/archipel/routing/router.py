@@ -26,7 +26,8 @@ class CalibratedRouter:
 
     ``router.logits(x, t, cond)`` are the network's own, before calibration; ``router.log_posterior`` is log p in
     float64. A row counts as without caption where no text token is real (``cond.mask`` all False), as in the null
-    condition. No gradients; x may be on any device that the network is on. ``fitted``: whether the temperatures were
+    condition. A network with ``reads`` "latent" answers alike whatever the caption, one with "text" whatever x and t are,
+    calibrated or not. No gradients; x may be on any device that the network is on. ``fitted``: whether the temperatures were
     fitted to this network; else they are 1.
     """
 
@@ -51,8 +52,11 @@ class CalibratedRouter:
     def log_posterior(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Calibrated log p(k | x_t, t, c), (B, K) float64, on x's device."""
         logits = self.logits(x, t, cond).double()
-        null = ~cond.mask.any(1)
-        times = t.detach().double().expand(len(x)).cpu().numpy()
+        null, times = ~cond.mask.any(1), t.detach().double().expand(len(x)).cpu().numpy()
+        # What the network does not look at must not come back in through the temperature.
+        reads = getattr(self.network, "reads", "both")
+        null = null & (reads != "latent")
+        times = np.ones_like(times) if reads == "text" else times
         temperature = torch.from_numpy(self.calibration.at(times, null.cpu().numpy())).to(logits.device)
         log_prior = torch.from_numpy(np.log(self.calibration.prior)).to(logits.device)
         return (log_prior + (logits - log_prior) / temperature[:, None]).log_softmax(1)
@@ -125,4 +129,6 @@ def load_router(run: Run, folder: Path | None = None, *, uncalibrated: bool = Fa
         raise DamagedError(f"{folder} was replaced while it was read: try again")
     if network.experts != k:
         raise DamagedError(f"{folder} routes to {network.experts} experts, the run has {k}")
+    if network.reads != run.config.router.reads:
+        raise DamagedError(f"{folder} reads {network.reads}, run.toml has router.reads = {run.config.router.reads!r}")
     return CalibratedRouter(network, calibration or plain, fitted=calibration is not None)
