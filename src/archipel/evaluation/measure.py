@@ -13,7 +13,7 @@ from archipel.evaluation.inputs import LAYER, NETWORK, REAL, REVERSED, STATIC, I
 from archipel.evaluation.intervals import Interval
 from archipel.evaluation.motion import motion
 from archipel.evaluation.protocol import Protocol
-from archipel.evaluation.sides import CopyingSide, FrechetSide, KernelSide
+from archipel.evaluation.sides import CopyingSide, FrechetSide, KernelSide, ProbeSide
 from archipel.manifest import rows_of
 
 
@@ -235,14 +235,14 @@ def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any
         facts["probe"] = {"withheld": True, "reason": "fewer than two content groups to train on", "table": []}
         return
     x = probe.join([inputs.features[name][inputs.train] for name in extractors])
-    fitted = probe.fit(x, inputs.text[inputs.train], train_groups, inputs.run.config.run.seed)
     texts = list(dict.fromkeys(inputs.captions))
     own = np.array([texts.index(caption) for caption in inputs.captions], np.int64)
     first = np.array([inputs.captions.index(caption) for caption in texts], np.int64)
     pool = inputs.text[inputs.rows[first]]
+    side = ProbeSide(x, inputs.text[inputs.train], train_groups, own, pool, inputs.run.config.run.seed)
 
     def find(features: dict[str, np.ndarray], pick: np.ndarray) -> probe.Retrieval:
-        return probe.retrieve(fitted, probe.join([features[name] for name in extractors]), own[pick], pool)
+        return side.retrieve(probe.join([features[name] for name in extractors]), pick)
 
     everyone = np.arange(len(inputs.rows))
     unique = np.sort(np.unique(inputs.rows, return_index=True)[1])
@@ -250,19 +250,19 @@ def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any
     shown = {name: results[name] for name in (REAL, "codec") if name in results}
     shown |= {name: (find(inputs.changed[name], unique), unique) for name in (STATIC, REVERSED)}
     real = shown[REAL][0]
-    trusted = probe.trusted(real)
+    reason = sides.withheld(real)
     facts["probe"] = {
-        "withheld": not trusted,
-        "reason": "" if trusted else _withheld(real),
+        "withheld": bool(reason),
+        "reason": reason,
         "features": list(extractors),
-        "penalty": fitted.penalty,
-        "train_cosine": fitted.score,
+        "penalty": side.fitted.penalty,
+        "train_cosine": side.fitted.score,
         "pool": len(pool),
         "chance": {"retrieval@1": real.chance1, "retrieval@5": real.chance5},
         "table": [_probe_row(frame, name, found, pick) for name, (found, pick) in shown.items()],
         "controls": {name: _control(frame, name, real.similarity[unique], shown[name]) for name in (STATIC, REVERSED)},
     }
-    if not trusted:
+    if reason:
         return
     protocol = frame.protocol(
         f"ridge probe to caption embeddings, {len(pool)} captions", "+".join(extractors), reference=len(inputs.train)
@@ -273,13 +273,6 @@ def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any
             make = intervals.mean_interval if metric == "text-video-probe" else intervals.share_interval
             left = intervals.leave_out_means(values, frame.group, frame.count)
             yield Score(name, metric, make(values, frame.group), len(values), frame.groups, protocol, left)
-
-
-def _withheld(real: probe.Retrieval) -> str:
-    return (
-        f"retrieval@1 of real clips is {real.top1.mean():.1%}, under {probe.TIMES_CHANCE:g} times chance "
-        f"({real.chance1:.1%}): the probe cannot tell captions apart and says nothing about generated clips"
-    )
 
 
 def _control(frame: Frame, name: str, real: np.ndarray, changed: tuple[probe.Retrieval, np.ndarray]) -> dict[str, Any]:

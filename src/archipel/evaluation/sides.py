@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from archipel.evaluation import copying, distances, intervals
+from archipel.evaluation import copying, distances, intervals, probe
 from archipel.evaluation.distances import GroupKernel, HalfPlan, HalfReference, Projection, UnitMoments
 from archipel.evaluation.intervals import Interval
 
@@ -162,3 +162,37 @@ class CopyingSide:
             found["density"] = (cover.density, group, rule)
             found["coverage"] = (cover.coverage, self.group, rule)
         return {name: Term(*term, share=name in SHARES) for name, term in found.items()}
+
+
+class ProbeSide:
+    """The text-video probe, fitted once on real training clips, and the pool of captions that it searches."""
+
+    def __init__(
+        self,
+        train: np.ndarray,
+        train_text: np.ndarray,
+        train_groups: np.ndarray,
+        own: np.ndarray,
+        pool: np.ndarray,
+        seed: int,
+    ) -> None:
+        """train (T, D), train_text (T, P), train_groups (T,); own (n,) int: each clip's caption in ``pool`` (Q, P).
+
+        Raises ArchipelError below two content groups.
+        """
+        self.fitted = probe.fit(train, train_text, train_groups, seed)
+        self.own, self.pool = own, pool
+
+    def retrieve(self, features: np.ndarray, pick: np.ndarray | None = None) -> probe.Retrieval:
+        """Retrieval of clips (n, D); ``pick``: their places among the captions, where they are not all."""
+        return probe.retrieve(self.fitted, features, self.own if pick is None else self.own[pick], self.pool)
+
+
+def withheld(real: probe.Retrieval) -> str:
+    """Why the probe is not shown, in words; empty where it may be shown."""
+    if probe.trusted(real):
+        return ""
+    return (
+        f"retrieval@1 of real clips is {real.top1.mean():.1%}, under {probe.TIMES_CHANCE:g} times chance "
+        f"({real.chance1:.1%}): the probe cannot tell captions apart and says nothing about generated clips"
+    )
