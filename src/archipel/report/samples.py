@@ -39,7 +39,7 @@ def _cell(clips: np.ndarray, row: int, fps: float, alt: str, longest: int) -> di
     }
 
 
-def _grid(
+def grid(
     clips: Mapping[str, np.ndarray],
     arms: Sequence[str],
     prompts: Sequence[Mapping[str, Any]],
@@ -51,7 +51,7 @@ def _grid(
     """One entry per prompt with one picture per arm, from the first prompt on, until ``rows`` or ``budget`` is used up."""
     side = max((int(clips[arm].shape[2]) for arm in arms), default=32)
     longest = min(side, 160)
-    grid: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     used = 0
     for row, prompt in enumerate(prompts[:rows]):
         caption = str(prompt.get("caption", f"clip {row}"))
@@ -60,10 +60,10 @@ def _grid(
             for arm in arms
         ]
         used += sum(len(cell["clip"]) + len(cell["still"]) for cell in cells if cell)
-        if used > budget and grid:
+        if used > budget and done:
             break
-        grid.append({"caption": caption, "cluster": prompt.get("cluster"), "cells": cells})
-    return grid
+        done.append({"caption": caption, "cluster": prompt.get("cluster"), "cells": cells})
+    return done
 
 
 def _columns(arms: Sequence[str], names: Mapping[str, str], primary: str) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ def seen(reader: Reader) -> dict[str, Any]:
     if not clips or not prompts:
         return {"main": []}
     names = {arm: arm_label(arm, primary) for arm in clips}
-    main = _grid(clips, list(clips), prompts, names, reader.run.config.clips.fps, ROWS, BUDGET // 2)
+    main = grid(clips, list(clips), prompts, names, reader.run.config.clips.fps, ROWS, BUDGET // 2)
     return {"main": main, "columns": _columns(list(clips), names, primary)}
 
 
@@ -108,8 +108,8 @@ def samples(reader: Reader) -> dict[str, Any]:
     first = [arm for arm in dict.fromkeys(["real", "codec", primary, MONOLITH]) if arm in clips]
     rest = [arm for arm in clips if arm not in first]
     fps = run.config.clips.fps
-    main = _grid(clips, first, prompts, names, fps, ROWS, BUDGET)
-    other = _grid(clips, rest, prompts, names, fps, OTHER_ROWS, BUDGET // 2) if rest else []
+    main = grid(clips, first, prompts, names, fps, ROWS, BUDGET)
+    other = grid(clips, rest, prompts, names, fps, OTHER_ROWS, BUDGET // 2) if rest else []
     shown = primary if primary in clips else MONOLITH
     hero = (
         [

@@ -56,7 +56,7 @@ def family(metric: str) -> str:
         return "Kernel distances (unbiased)"
     if name.startswith("excess-"):
         return "Excess Fréchet distances (over real clips at the same N)"
-    if name.startswith("fd-"):
+    if name.startswith(("fd-", "fvd")):
         return RAW
     return "Captions and motion"
 

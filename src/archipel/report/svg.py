@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 14, 44
 TONES = 8
+LETTER = 6.3  # mean width of a letter in a chart's 12 px type
 
 
 def tone(index: int) -> str:
@@ -26,7 +27,10 @@ def tone(index: int) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: finite ``x`` and ``y`` of one length; ``tone`` is a CSS class; ``dots`` marks every point."""
+    """One line of a chart: finite ``x`` and ``y`` of one length; ``tone`` is a CSS class; ``dots`` marks every point.
+
+    ``low`` and ``high``, where given, are as long as ``y`` (NaN: none) and drawn as upright bars.
+    """
 
     label: str
     x: Sequence[float]
@@ -34,6 +38,17 @@ class Series:
     tone: str = "t0"
     dash: bool = False
     dots: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+    def spans(self, log_x: bool, log_y: bool) -> list[tuple[float, float, float]]:
+        """(x, low, high) of the points whose interval can be drawn on these axes."""
+        rows = [(float(x), float(a), float(b)) for x, a, b in zip(self.x, self.low, self.high, strict=False)]
+        return [
+            (x, a, b)
+            for x, a, b in rows
+            if all(map(math.isfinite, (x, a, b))) and (x > 0 or not log_x) and (a > 0 or not log_y)
+        ]
 
     def points(self, log_x: bool, log_y: bool) -> list[tuple[float, float]]:
         """The points that can be drawn on these axes."""
@@ -129,13 +144,13 @@ class Axis:
         return inside[:: max(1, math.ceil(len(inside) / (count + 2)))] or [self.low]
 
 
-def _text(x: float, y: float, value: object, css: str = "", anchor: str = "start", extra: str = "") -> str:
+def text_at(x: float, y: float, value: object, css: str = "", anchor: str = "start", extra: str = "") -> str:
     from markupsafe import escape
 
     return f'<text x="{x:g}" y="{y:g}" class="{css}" text-anchor="{anchor}"{extra}>{escape(str(value))}</text>'
 
 
-def _wrap(body: Sequence[str], label: str, width: float, height: float, css: str = "") -> Markup:
+def wrapped(body: Sequence[str], label: str, width: float, height: float, css: str = "") -> Markup:
     from markupsafe import Markup, escape
 
     # A square chart keeps its own size, a strip is stretched; the others grow with their column.
@@ -162,15 +177,15 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float,
     for tick in y_axis.ticks():
         y = y_axis(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
-        body.append(_text(LEFT - 7, y + 4, number(tick), "tick", "end"))
+        body.append(text_at(LEFT - 7, y + 4, number(tick), "tick", "end"))
     for tick in x_axis.ticks():
         x = x_axis(tick)
         body.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{height - BOTTOM}" y2="{height - BOTTOM + 4}"/>')
-        body.append(_text(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+        body.append(text_at(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
     body.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
-    body.append(_text((LEFT + width - RIGHT) / 2, height - 6, x_label, "label", "middle"))
+    body.append(text_at((LEFT + width - RIGHT) / 2, height - 6, x_label, "label", "middle"))
     middle = (TOP + height - BOTTOM) / 2
-    body.append(_text(13, middle, y_label, "label", "middle", f' transform="rotate(-90 13 {middle:g})"'))
+    body.append(text_at(13, middle, y_label, "label", "middle", f' transform="rotate(-90 13 {middle:g})"'))
     return body
 
 
@@ -183,8 +198,12 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     zero: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """Lines over common axes with a legend; '' where no series has a point. ``label`` says it to a screen reader."""
+    """Lines over common axes with a legend; '' where no series has a point. ``label`` says it to a screen reader.
+
+    ``marks``: values of y that get a dashed line of their own with a short text, and are always in sight.
+    """
     from markupsafe import Markup
 
     drawn = [(one, one.points(log_x, log_y)) for one in series]
@@ -192,10 +211,20 @@ def line_chart(
     if not drawn:
         return Markup("")
     x_axis = Axis([x for _, points in drawn for x, _ in points], LEFT, WIDTH - RIGHT, log=log_x)
-    y_axis = Axis([y for _, points in drawn for _, y in points], HEIGHT - BOTTOM, TOP, log=log_y, zero=zero)
+    marks = [mark for mark in marks if math.isfinite(mark[0]) and (mark[0] > 0 or not log_y)]
+    spread = [end for one, _ in drawn for _, low, high in one.spans(log_x, log_y) for end in (low, high)]
+    spread += [y for _, points in drawn for _, y in points] + [value for value, _ in marks]
+    y_axis = Axis(spread, HEIGHT - BOTTOM, TOP, log=log_y, zero=zero)
     y_axis = y_axis.raised() if zero else y_axis.pad(0.05)
     body = _frame(x_axis, y_axis, x_label, y_label, WIDTH, HEIGHT)
+    for value, text in marks:
+        y = y_axis(value)
+        body.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        body.append(text_at(WIDTH - RIGHT, y - 5, text, "tick", "end"))
     for one, points in drawn:
+        for x, low, high in one.spans(log_x, log_y):
+            ends = f'y1="{y_axis(low):g}" y2="{y_axis(high):g}"'
+            body.append(f'<line class="span thin {one.tone}" x1="{x_axis(x):g}" x2="{x_axis(x):g}" {ends}/>')
         path = " ".join(f"{x_axis(x):g},{y_axis(y):g}" for x, y in points)
         css = f"line {one.tone}{' dashed' if one.dash else ''}"
         if len(points) > 1:
@@ -204,7 +233,7 @@ def line_chart(
             body += [
                 f'<circle class="dot {one.tone}" cx="{x_axis(x):g}" cy="{y_axis(y):g}" r="2.6"/>' for x, y in points
             ]
-    return _wrap(body, label, WIDTH, HEIGHT) + legend([(one.label, one.tone, one.dash) for one, _ in drawn])
+    return wrapped(body, label, WIDTH, HEIGHT) + legend([(one.label, one.tone, one.dash) for one, _ in drawn])
 
 
 def stacked_area(
@@ -224,7 +253,7 @@ def stacked_area(
         body.append(f'<polygon class="area {tone(k)}" points="{" ".join(forth + back)}"/>')
         below = above
     body += _frame(x_axis, y_axis, x_label, "mean weight", WIDTH, HEIGHT)
-    return _wrap(body, label, WIDTH, HEIGHT) + legend([(name, tone(k), False) for k, name in enumerate(labels)])
+    return wrapped(body, label, WIDTH, HEIGHT) + legend([(name, tone(k), False) for k, name in enumerate(labels)])
 
 
 def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
@@ -241,7 +270,7 @@ def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
                     f'<rect class="cell {tone(k)}" x="{s * cell:.2f}" y="{y:.1f}" width="{cell + 0.3:.2f}" height="{share:.1f}"/>'
                 )
             y += share
-    return _wrap(body, label, width, height, "strip")
+    return wrapped(body, label, width, height, "strip")
 
 
 def bar_chart(names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[float]]], label: str) -> Markup:
@@ -256,43 +285,63 @@ def bar_chart(names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[fl
     x_axis = Axis([0.0, max([1e-9, *(v for row in values for v in row)])], left, WIDTH - 60, zero=True)
     body, y = [], float(gap)
     for place, name in enumerate(names):
-        body.append(_text(left - 8, y + len(groups) * bar / 2 + 3, name[:16], "label", "end"))
+        body.append(text_at(left - 8, y + len(groups) * bar / 2 + 3, name[:16], "label", "end"))
         for (_, css, _), row in zip(groups, values, strict=True):
             value = row[place] if place < len(row) else 0.0
             long = max(x_axis(value) - left, 0.5)
             body.append(f'<rect class="bar {css}" x="{left}" y="{y:g}" width="{long:g}" height="{bar - 2}" rx="2"/>')
-            body.append(_text(x_axis(value) + 5, y + bar - 3, f"{value:.0%}", "tick"))
+            body.append(text_at(x_axis(value) + 5, y + bar - 3, f"{value:.0%}", "tick"))
             y += bar
         y += gap
-    return _wrap(body, label, WIDTH, height) + legend([(name, css, False) for name, css, _ in groups])
+    return wrapped(body, label, WIDTH, height) + legend([(name, css, False) for name, css, _ in groups])
+
+
+def fitted(name: str, width: float) -> str:
+    """``name`` with an ellipsis where it is wider than ``width`` in a chart's letters."""
+    longest = max(4, int(width / LETTER))
+    return name if len(name) <= longest else name[: longest - 1].rstrip() + "…"
 
 
 def interval_chart(
-    rows: Sequence[tuple[str, float, float | None, float | None, str]], label: str, x_label: str
+    rows: Sequence[tuple[str, float, float | None, float | None, str]],
+    label: str,
+    x_label: str,
+    *,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """A dot with its interval per row (name, value, low, high, CSS class) over one axis."""
+    """A dot with its interval per row (name, value, low, high, CSS class) over one axis.
+
+    ``marks``: values of the axis that get a dashed line with a short text, and are always in sight.
+    """
     from markupsafe import Markup
 
     rows = [row for row in rows if math.isfinite(row[1])]
     if not rows:
         return Markup("")
-    width, name_width, step = 640, 150, 26
-    height = TOP + step * len(rows) + BOTTOM
-    spread = [v for _, value, low, high, _ in rows for v in (value, low, high) if v is not None and math.isfinite(v)]
+    marks = [mark for mark in marks if math.isfinite(mark[0])]
+    width, step, top = 640, 26, TOP + 14 * bool(marks)
+    name_width = min(250, max(150, 18 + LETTER * max(len(row[0]) for row in rows)))
+    height = top + step * len(rows) + BOTTOM
+    spread = [value for value, _ in marks]
+    spread += [v for _, value, low, high, _ in rows for v in (value, low, high) if v is not None and math.isfinite(v)]
     x_axis = Axis(spread, name_width, width - 22, zero=min(spread) >= 0).pad(0.03)
     body = []
     for tick in x_axis.ticks(6):
         x = x_axis(tick)
-        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        body.append(_text(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
+        body.append(text_at(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+    for value, text in marks:
+        x = x_axis(value)
+        body.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
+        body.append(text_at(x, top - 6, text, "tick", "middle"))
     for i, (name, value, low, high, css) in enumerate(rows):
-        y = TOP + step * (i + 0.5)
-        body.append(_text(name_width - 12, y + 4, name, "label", "end"))
+        y = top + step * (i + 0.5)
+        body.append(text_at(name_width - 12, y + 4, fitted(name, name_width - 18), "label", "end"))
         if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
             body.append(f'<line class="span {css}" x1="{x_axis(low)}" x2="{x_axis(high)}" y1="{y:g}" y2="{y:g}"/>')
         body.append(f'<circle class="dot {css}" cx="{x_axis(value)}" cy="{y:g}" r="5"/>')
-    body.append(_text((name_width + width) / 2, height - 6, x_label, "label", "middle"))
-    return _wrap(body, label, width, height, "wide")
+    body.append(text_at((name_width + width) / 2, height - 6, x_label, "label", "middle"))
+    return wrapped(body, label, width, height, "wide")
 
 
 def heat_map(
@@ -313,7 +362,7 @@ def heat_map(
     width, height = max(left + cell * len(columns) + 8, 280), top + cell * len(rows) + 46
     body = []
     for i, row in enumerate(matrix):
-        body.append(_text(left - 8, top + cell * (i + 0.5) + 4, rows[i], "tick", "end"))
+        body.append(text_at(left - 8, top + cell * (i + 0.5) + 4, rows[i], "tick", "end"))
         for j, value in enumerate(row):
             value = float(value) if math.isfinite(float(value)) else 0.0
             x, y = left + cell * j, top + cell * i
@@ -323,7 +372,7 @@ def heat_map(
             )
             if len(columns) <= 12:
                 body.append(
-                    _text(
+                    text_at(
                         x + cell / 2 - 1,
                         y + cell / 2 + 3,
                         f"{value:.2f}",
@@ -332,10 +381,10 @@ def heat_map(
                     )
                 )
     for j, name in enumerate(columns):
-        body.append(_text(left + cell * (j + 0.5), height - 28, name, "tick", "middle"))
-    body.append(_text(left + cell * len(columns) / 2, height - 8, x_label, "label", "middle"))
+        body.append(text_at(left + cell * (j + 0.5), height - 28, name, "tick", "middle"))
+    body.append(text_at(left + cell * len(columns) / 2, height - 8, x_label, "label", "middle"))
     body.append(
-        _text(
+        text_at(
             13,
             top + cell * len(rows) / 2,
             y_label,
@@ -344,4 +393,4 @@ def heat_map(
             f' transform="rotate(-90 13 {top + cell * len(rows) / 2:g})"',
         )
     )
-    return _wrap(body, label, width, height, "square")
+    return wrapped(body, label, width, height, "square")
