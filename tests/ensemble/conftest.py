@@ -13,7 +13,7 @@ import torch
 
 from archipel import cache, store
 from archipel import config as configuration
-from archipel.backbones import base
+from archipel.backbones import base, flops
 from archipel.backbones.flux import build_expert
 from archipel.backbones.router import build_router
 from archipel.encoders.codecs import Pixels
@@ -47,7 +47,8 @@ def shake(network: torch.nn.Module, seed: int) -> None:
 def train(run: Run, name: str, seed: int) -> None:
     folder = run.expert(name)
     make = build_router if name == ROUTER else build_expert
-    network: base.Backbone = make(run.config, LATENT, TOKENS, WIDTH, WIDTH, seed)  # type: ignore[assignment]
+    more = {"clusters": flops.cluster_width(run.config)} if name == MONOLITH else {}
+    network: base.Backbone = make(run.config, LATENT, TOKENS, WIDTH, WIDTH, seed, **more)  # type: ignore[assignment]
     shake(network, seed)
     files = base.save(network, folder)
     store.write_card(folder, "expert", run.id, files, network=network.facts)

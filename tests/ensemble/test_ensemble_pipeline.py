@@ -216,3 +216,30 @@ def test_a_codec_that_is_missing_names_its_stage(small_run: Run, retrain: Callab
     model.parts.text = Words()
     with pytest.raises(MissingStageError, match="archipel prepare"):
         model.generate("a red ball", strategy="monolith")
+
+
+def test_a_monolith_that_is_told_the_cluster_draws_it_from_the_caption(build_run: Callable[..., Run]) -> None:
+    run = build_run(monolith={"condition": "cluster"})
+    model = Archipelago.load(run.root)
+    model.parts.text = Words()
+    made = model.generate(PROMPTS, strategy="monolith", seeds=7)
+    drawn = model.generate(PROMPTS, strategy="ancestral", seeds=7).weights
+    assert drawn is not None and made.weights is None
+    clusters = drawn[:, 0].argmax(1).tolist()  # the same rule and the same draw
+    told = model.generate(PROMPTS, strategy="monolith", seeds=7, clusters=clusters)
+    assert np.array_equal(told.clips, made.clips)
+    other = model.generate(PROMPTS, strategy="monolith", seeds=7, clusters=[(k + 1) % 3 for k in clusters])
+    assert all((a != b).any() for a, b in zip(other.clips, made.clips, strict=True))
+    with pytest.raises(ArchipelError, match="2 clusters were given for 4 prompts"):
+        model.generate(PROMPTS, strategy="monolith", clusters=[0, 1])
+    shutil.rmtree(run.expert("router"))
+    late = Archipelago.load(run.root)
+    late.parts.text = Words()
+    assert np.array_equal(late.generate(PROMPTS, strategy="monolith", seeds=7, clusters=clusters).clips, made.clips)
+    with pytest.raises(MissingStageError, match="router"):
+        late.generate(PROMPTS, strategy="monolith")
+
+
+def test_a_plain_monolith_takes_no_clusters(model: Archipelago) -> None:
+    with pytest.raises(ArchipelError, match="clusters are for strategy = 'oracle', not for 'monolith'"):
+        model.generate(PROMPTS, strategy="monolith", clusters=[0, 1, 2, 0])

@@ -307,7 +307,7 @@ def test_a_refusal_by_a_cheap_rule_imports_no_torch(forge: Any) -> None:
 # --- the closed forms ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("over", [{}, {"router": {"reads": "text"}}])
+@pytest.mark.parametrize("over", [{}, {"router": {"reads": "text"}, "monolith": {"condition": "cluster"}}])
 @pytest.mark.parametrize("preset", ["tiny", "demo", "gpu"])
 def test_what_is_wanted_is_what_we_build(preset: str, over: dict[str, Any]) -> None:
     import torch
@@ -327,7 +327,8 @@ def test_what_is_wanted_is_what_we_build(preset: str, over: dict[str, Any]) -> N
     ]
     for name, build in builders:
         with torch.device("meta"):
-            network = build(config, flops.latent_shape(config), *flops.text_shape(config), seed=0)
+            more = {"clusters": flops.cluster_width(config)} if name == "monolith" else {}
+            network = build(config, flops.latent_shape(config), *flops.text_shape(config), seed=0, **more)
         shapes = {key: tuple(value.shape) for key, value in network.network.state_dict().items()}
         assert wanted_tensors(config, name) == shapes
         found = base.diffusers_config(network.network)

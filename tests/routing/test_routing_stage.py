@@ -147,7 +147,7 @@ def test_a_router_of_captions_only_answers_alike_whatever_the_clip(tmp_path: Pat
     assert not torch.allclose(router(x, t, cond), router(x, t, _asked(1)[2]), atol=1e-3)
     numbers = store.read_json(run.expert("router") / "quality.json")
     assert numbers["with_text"]["accuracy"] > 0.9 > numbers["without_text"]["accuracy"]
-    assert len({bin["accuracy"] for bin in numbers["with_text"]["bins"]}) == 1  # noise does not matter to it
+    assert len({one["accuracy"] for one in numbers["with_text"]["bins"]}) == 1  # noise does not matter to it
 
 
 def test_a_router_of_latents_only_answers_alike_whatever_the_caption(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Denoiser(Backbone, ABC):
     """A network that denoises; itself a ``Velocity``: ``denoiser(x, t, cond)`` is ``denoiser.velocity(x, t, cond)``."""
 
     prediction: str  # "velocity" or "x0": what ``predict`` returns
+    clusters: int = 0  # K where ``cond.pooled`` has the clip's cluster behind the text (see ``flux.add_cluster``)
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

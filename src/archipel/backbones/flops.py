@@ -97,17 +97,13 @@ def flux_parameters(
     )
     stream = product(D, 6 * D) + 4 * product(D, D) + 2 * head + product(D, MLP_RATIO * D) + product(MLP_RATIO * D, D)
     single = (
-        product(D, 3 * D)
-        + 3 * product(D, D)
-        + 2 * head
-        + product(D, MLP_RATIO * D)
-        + product((MLP_RATIO + 1) * D, D)
+        product(D, 3 * D) + 3 * product(D, D) + 2 * head + product(D, MLP_RATIO * D) + product((MLP_RATIO + 1) * D, D)
     )
     return embed + 2 * double_blocks * stream + single_blocks * single + product(D, 2 * D) + product(D, outputs)
 
 
 def expert_parameters(config: RunConfig) -> int:
-    """Parameters of one expert; the monolith has as many."""
+    """Parameters of one expert; the monolith has as many, but for width times K more where it is told the cluster."""
     channels = latent_shape(config)[0]
     _, text_width, pooled_width = text_shape(config)
     return flux_parameters(
@@ -122,8 +118,22 @@ def expert_parameters(config: RunConfig) -> int:
     )
 
 
+def cluster_width(config: RunConfig) -> int:
+    """Numbers that say the cluster behind the pooled text of a cluster-conditioned monolith; 0 for any other."""
+    return config.partition.k if config.monolith.condition == "cluster" else 0
+
+
 def expert_forward_flops(config: RunConfig) -> int:
-    """Forward FLOPs of an expert (and of the monolith, which is the same network) per clip."""
+    """Forward FLOPs of an expert per clip."""
+    return _denoiser_flops(config, 0)
+
+
+def monolith_forward_flops(config: RunConfig) -> int:
+    """Forward FLOPs of the monolith per clip: an expert's, and those of the cluster where it is told."""
+    return _denoiser_flops(config, cluster_width(config))
+
+
+def _denoiser_flops(config: RunConfig, more: int) -> int:
     channels, *space = latent_shape(config)
     text_tokens, text_width, pooled_width = text_shape(config)
     return flux_forward(
@@ -135,7 +145,7 @@ def expert_forward_flops(config: RunConfig) -> int:
         tokens=space[0] * space[1] * space[2],
         text_tokens=text_tokens,
         text_width=text_width,
-        pooled_width=pooled_width,
+        pooled_width=pooled_width + more,
     )
 
 

@@ -203,6 +203,11 @@ class Monolith(Section):
     )
     batch: int = Field(0, ge=0, description="Batch of the monolith (0: k times expert.batch).")
     lr: float = Field(0.0, ge=0, description="Learning rate of the monolith (0: expert.lr).")
+    condition: Literal["none", "cluster"] = _later(
+        "none",
+        description="cluster (a control): the monolith is told the clip's cluster beside its caption, in training the clip's "
+        "own, in use one that is drawn from p(k | caption).",
+    )
 
 
 class Router(Backbone):

@@ -107,7 +107,7 @@ class Archipelago:
         seeds: one per prompt, or one number s for s, s + 1, ... (default 0). A clip's noise (and its draws) are
         functions of its seed only, so they do not depend on its batch mates; the rest of the arithmetic may differ in
         the last bits between batch sizes. Same prompts, seeds, batch, build and threads: same bytes.
-        clusters: for ``oracle``, each clip's cluster. batch: clips at a time. on_step(i, n, x, t): see samplers.
+        clusters: for ``oracle`` (and a monolith that is told the cluster), each clip's cluster. batch: clips at a time. on_step(i, n, x, t): see samplers.
         Any non-empty set of experts will do: shares of missing ones go to the others, ``warnings`` say which.
         Raises ArchipelError naming what cannot be used, MissingStageError naming what has to be trained first.
         """
@@ -141,11 +141,13 @@ class Archipelago:
         sense, an oracle without its clusters. Raises ArchipelError, MissingStageError."""
         k = self.config.partition.k
         kind, number = parse_strategy(settings.strategy, k)
-        check_clusters(kind, settings.strategy, clusters, clips, k)
+        told = kind == MONOLITH and self.config.monolith.condition == "cluster"
+        check_clusters("oracle" if told and clusters is not None else kind, settings.strategy, clusters, clips, k)
         experts = [self.parts.expert(str(i)) for i in range(k)]
         if kind == MONOLITH:
-            self.parts.check([MONOLITH])
-            return Lineup(kind, 0, [self.parts.expert(MONOLITH)])
+            drawn = told and clusters is None
+            self.parts.check([MONOLITH, ROUTER] if drawn else [MONOLITH])
+            return Lineup(kind, 0, [self.parts.expert(MONOLITH)], router=self.parts.router if drawn else None)
         if kind in ("expert", "oracle"):
             self.parts.check([f"{number}"] if kind == "expert" else sorted({str(int(c)) for c in clusters or []}))
             return Lineup(kind, number, experts)
@@ -245,9 +247,16 @@ class Archipelago:
         trace: strategies.Trace | None = None,
     ) -> Velocity:
         """The guided velocity of one batch under a strategy: what the sampler follows."""
-        kind, k, present = lineup.kind, len(lineup.experts), lineup.present
+        kind, k, present, experts = lineup.kind, len(lineup.experts), lineup.present, lineup.experts
         weighting: strategies.Weighting
-        if kind == "ancestral" and lineup.router:
+        if kind == MONOLITH and self.config.monolith.condition == "cluster":
+            if lineup.router:  # as whoever has a caption only: one cluster per clip, as ``ancestral`` draws it
+                clusters = strategies.draw(strategies.text_posterior(lineup.router, cond, shape), seeds).tolist()
+            from archipel.backbones.flux import with_cluster
+
+            experts = [with_cluster(experts[0], torch.tensor(list(clusters or [])), self.config.partition.k)]
+            weighting = strategies.one_each([0] * len(seeds), k)
+        elif kind == "ancestral" and lineup.router:
             weighting = strategies.ancestral(lineup.router, cond, shape, seeds, present)
         elif lineup.router:
             selects = {"full": strategies.everyone, "threshold": strategies.at_least(settings.threshold)}
@@ -261,7 +270,7 @@ class Archipelago:
             weighting = strategies.uniform(len(seeds), k, present)
         else:  # the monolith is an ensemble of one; expert-k is one of the ensemble
             weighting = strategies.one_each([lineup.number] * len(seeds), k)
-        return strategies.Mixture(lineup.experts, weighting, settings.guidance, settings.composition, trace)
+        return strategies.Mixture(experts, weighting, settings.guidance, settings.composition, trace)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (B, C, T, H, W) -> clips uint8 (B, F, H, W, 3)."""

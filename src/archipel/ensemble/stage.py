@@ -107,7 +107,7 @@ class Plan:
 def needed_parts(run: Run, arm: str) -> list[str]:
     """Jobs whose weights an arm reads."""
     if arm == MONOLITH:
-        return [MONOLITH]
+        return [MONOLITH, ROUTER] if run.config.monolith.condition == "cluster" else [MONOLITH]
     return run.expert_names if arm == "oracle" else [*run.expert_names, ROUTER]
 
 

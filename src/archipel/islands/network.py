@@ -20,6 +20,7 @@ def wanted_config(config: RunConfig, name: str) -> dict[str, Any]:
     """``config.json`` of a job, but for the version of diffusers that wrote it."""
     latent, text = flops.latent_shape(config), flops.text_shape(config)
     part: Backbone = config.router if name == ROUTER else config.expert
+    told = flops.cluster_width(config) if name == MONOLITH else 0
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
@@ -30,7 +31,7 @@ def wanted_config(config: RunConfig, name: str) -> dict[str, Any]:
         "attention_head_dim": part.width // part.heads,
         "num_attention_heads": part.heads,
         "joint_attention_dim": text[1],
-        "pooled_projection_dim": text[2],
+        "pooled_projection_dim": text[2] + told,
         "guidance_embeds": False,
         "axes_dims_rope": list(part.rope_axes),
     }
@@ -42,7 +43,9 @@ def wanted_facts(config: RunConfig, name: str) -> dict[str, Any]:
     if name == ROUTER:
         reads = {} if config.router.reads == "both" else {"reads": config.router.reads}
         return {"role": "router", "experts": config.partition.k, **shapes, **reads}
-    return {"role": "expert", "prediction": config.expert.prediction, **shapes}
+    told = flops.cluster_width(config) if name == MONOLITH else 0
+    more = {"condition": "cluster", "clusters": told} if told else {}
+    return {"role": "expert", "prediction": config.expert.prediction, **shapes, **more}
 
 
 def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
@@ -51,7 +54,8 @@ def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
     steps, batch = part.steps, part.batch
     if name == MONOLITH:
         steps, batch = config.monolith.steps, config.monolith.batch
-    forward = flops.router_forward_flops(config) if name == ROUTER else flops.expert_forward_flops(config)
+    kinds = {ROUTER: flops.router_forward_flops, MONOLITH: flops.monolith_forward_flops}
+    forward = kinds.get(name, flops.expert_forward_flops)(config)
     return {
         "cluster": int(name) if name.isdigit() else None,
         "steps": steps,

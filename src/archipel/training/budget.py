@@ -34,7 +34,7 @@ def resolve(config: RunConfig) -> RunConfig:
     routing = flops.training_flops(per_route, router.steps, router.batch)
     _check_router(config, per_clip, per_route, experts, routing)
     batch = config.monolith.batch or k * expert.batch
-    step = flops.training_flops(per_clip, 1, batch)
+    step = flops.training_flops(flops.monolith_forward_flops(config), 1, batch)
     steps = config.monolith.steps or max(1, math.floor((experts + routing) / step + 0.5))
     monolith = config.monolith.model_copy(
         update={"steps": steps, "batch": batch, "lr": config.monolith.lr or expert.lr},
@@ -127,7 +127,8 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
     """Planned FLOPs per generated clip by strategy: experts and router apart, the codec not counted.
 
     Guidance (other than 0 and 1) evaluates each chosen expert twice. ``threshold`` takes between one expert and all: the
-    bound is given. ``ancestral`` asks the router before the first step only, with each of its fixed noises.
+    bound is given. ``ancestral`` (and a monolith that is told the cluster) asks the router before the first step only, with
+    each of its fixed noises.
     """
     part, k = config.sample, config.partition.k
     evaluations = part.steps if part.solver == "euler" else 2 * part.steps - 1
@@ -137,7 +138,9 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
     asked = 2 if part.composition == "guided-mixture" and part.guidance != 1 else 1
     table = {}
     for strategy, count in experts.items():
-        routes = evaluations * asked if strategy in _ROUTED else ROUTE_NOISES * (strategy == "ancestral")
-        own, routing = evaluations * branches * count * per_clip, routes * per_route
+        drawn = strategy == "ancestral" or (strategy == MONOLITH and flops.cluster_width(config) > 0)
+        routes = evaluations * asked if strategy in _ROUTED else ROUTE_NOISES * drawn
+        one = flops.monolith_forward_flops(config) if strategy == MONOLITH else per_clip
+        own, routing = evaluations * branches * count * one, routes * per_route
         table[strategy] = {"experts": own, "router": routing, "total": own + routing, "evaluations": evaluations}
     return {"per_clip": table, "bounds": {"threshold": "at most"}, "active_experts": experts}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from archipel.backbones.base import Denoiser
+from archipel.backbones.flux import add_cluster
 from archipel.flow.losses import prediction_loss
 from archipel.flow.time import validation_times
 from archipel.training.batches import Batch, Shard, training_batch, validation_batches
@@ -17,7 +18,8 @@ CLIPS = 64  # validation clips per bin at most, so that validating costs a few p
 
 
 class FlowObjective:
-    """Flow matching on one shard. Expert and monolith differ in the shard and the batch only."""
+    """Flow matching on one shard. Expert and monolith differ in the shard and the batch only; a model with ``clusters`` is
+    told each clip's own, in validation as well."""
 
     def __init__(
         self,
@@ -49,7 +51,10 @@ class FlowObjective:
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error per clip (B,), whatever the network predicts."""
-        output = self.model.predict(batch.x_t, batch.t, batch.cond)
+        cond = batch.cond
+        if self.model.clusters:
+            cond = add_cluster(cond, batch.cluster, self.model.clusters)
+        output = self.model.predict(batch.x_t, batch.t, cond)
         return prediction_loss(self.model.prediction, output, batch.x0, batch.noise, batch.t)
 
     @torch.no_grad()

@@ -30,7 +30,8 @@ def plan(run: Run, name: str) -> Plan:
     else:
         settings, batch = Settings.of(part), part.batch
     cluster = None if name == MONOLITH else int(name)
-    return Plan("expert", settings, batch, flops.expert_forward_flops(run.config), {"cluster": cluster})
+    forward = flops.monolith_forward_flops if name == MONOLITH else flops.expert_forward_flops
+    return Plan("expert", settings, batch, forward(run.config), {"cluster": cluster})
 
 
 def train(
@@ -54,6 +55,7 @@ def train(
     if name == ROUTER:
         raise ArchipelError("the router is trained by routing.stage.train_router, not here")
     job, config = plan(run, name), run.config
+    clusters = flops.cluster_width(config) if name == MONOLITH else 0
 
     def make(shard: Shard, on: str) -> FlowObjective:
         latent, text = flops.latent_shape(config), flops.text_shape(config)
@@ -63,7 +65,7 @@ def train(
                 f"of run.toml, {latent} and {text}: run `archipel prepare` and `archipel partition` again"
             )
         return FlowObjective(
-            build_expert(config, latent, *text, seed=config.run.seed),
+            build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters),
             shard,
             seed=config.run.seed,
             batch=job.batch,

@@ -145,7 +145,7 @@ def _unit(run: Run, name: str) -> float:
 
     config = run.config
     if name == MONOLITH:
-        return float(flops.expert_forward_flops(config) * config.monolith.batch)
+        return float(flops.monolith_forward_flops(config) * config.monolith.batch)
     if name == ROUTER:
         return float(flops.router_forward_flops(config) * config.router.batch)
     return float(flops.expert_forward_flops(config) * config.expert.batch)
