@@ -7,7 +7,7 @@ the question is about; the others are controls and ablations, each with the jobs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from archipel.backbones import flops
@@ -17,8 +17,8 @@ from archipel.run import MONOLITH, ROUTER
 from archipel.training import budget
 
 MAIN = "main"
-TEST, TRAIN, VALIDATION = "test", "train", "validation"
-PARTS = ("table", "experts", "partitions", "warm", "curve")
+TEST, TRAIN, VALIDATION, MIXED = "test", "train", "validation", "mixed"
+PARTS = ("table", "ablations", "experts", "partitions", "warm", "curve")
 FEW = 2  # seeds of an ablation, where the table has more
 SHOWN = 8  # clips kept per arm for the samples: the first captions, not the best
 SWEEP = (2, 3, 4, 8)
@@ -96,6 +96,8 @@ def plan(config: RunConfig, seeds: int, parts: Sequence[str] = PARTS) -> Plan:
         )
     few = min(FEW, seeds)
     members, arms = _table(config, seeds)
+    if "ablations" in parts:
+        _add(members, arms, ([], _ablations(config, arms, few)))
     if "experts" in parts:
         _add(members, arms, _experts(config, few))
     if "partitions" in parts:
@@ -125,6 +127,7 @@ def _table(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
     small = config.study.small_batch_lr or config.monolith.lr
     wide = matched_width(config)
     shape = {"expert.width": wide.width, "expert.heads": wide.heads, "expert.rope_axes": list(wide.rope_axes)}
+    wide_flops = {**shape, "monolith.steps": wide.steps, "monolith.batch": batch}
     own = (MONOLITH,)
     members = [
         Member(MAIN, f"{k} experts, router, monolith", {}, (EXPERTS, ROUTER, MONOLITH), seeds),
@@ -135,8 +138,8 @@ def _table(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
         ),
         Member("short", "monolith, 1/K of the compute", {"monolith.steps": max(1, round(steps / k))}, own, seeds),
         Member("cluster", "cluster-conditioned monolith", {"monolith.condition": "cluster", "monolith.steps": 0}, own, seeds),
-        Member("wide-flops", f"monolith of width {wide.width}, equal FLOPs", {**shape, "monolith.steps": wide.steps, "monolith.batch": batch}, own, seeds),
-        Member("wide-samples", f"monolith of width {wide.width}, equal samples", {**shape, "monolith.steps": steps, "monolith.batch": batch}, own, seeds),
+        Member("wide-flops", f"monolith of width {wide.width}, equal FLOPs", wide_flops, own, seeds),
+        Member("wide-samples", f"monolith of width {wide.width}, equal samples", {**wide_flops, "monolith.steps": steps}, own, seeds),
         Member("router-text", "router that reads the text only", {"router.reads": "text"}, (ROUTER,), seeds),
         Member("router-latent", "router that reads the latent only", {"router.reads": "latent"}, (ROUTER,), seeds),
     ]  # fmt: skip
@@ -227,6 +230,31 @@ def _parameters(config: RunConfig, width: int, heads: int) -> int:
 # --- ablations -------------------------------------------------------------------------------------------------------
 
 
+def _ablations(config: RunConfig, arms: Sequence[Arm], seeds: int) -> list[Arm]:
+    """What costs sampling only: every expert by itself, two experts in turns, an expert missing, captions that mix."""
+    k, chosen = config.partition.k, primary(config)
+    have = {arm.name for arm in arms}
+    found = [Arm(f"expert-{i}", f"expert {i} alone", "ablation", MAIN, f"expert-{i}", seeds) for i in range(k)]
+    found += [
+        Arm("first-0-1", "expert 0, then expert 1", "ablation", MAIN, "first-0-1", seeds),
+        Arm("first-1-0", "expert 1, then expert 0", "ablation", MAIN, "first-1-0", seeds),
+        Arm("alternate-0-1", "experts 0 and 1 in turns", "ablation", MAIN, "alternate-0-1", seeds),
+    ]
+    found += [
+        Arm(f"without-{i}", f"without expert {i}", "ablation", MAIN, chosen, seeds, settings={"missing": i})
+        for i in range(k)
+    ]
+    found += [
+        Arm(f"mixed-{how}", f"{how}, mixed captions", "ablation", member, how, seeds, sets=(MIXED,))
+        for how, member in ((chosen, MAIN), ("full", MAIN), ("ancestral", MAIN), (MONOLITH, MAIN))
+    ]
+    small = Arm(
+        "mixed-small-batch", "monolith of small batches, mixed captions", "ablation", "small-batch", MONOLITH, seeds
+    )
+    found.append(replace(small, sets=(MIXED,)))
+    return [arm for arm in found if arm.name not in have]
+
+
 def _experts(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
     """K = 2, 3, 4, 8 at constant total compute: the batch is divided by K, the steps make up what rounding took."""
     whole = config.partition.k * config.expert.batch * config.expert.steps
@@ -257,8 +285,8 @@ def _partitions(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]
     for name, features in _FEATURES.items():
         if features == config.partition.features and config.partition.method == "kmeans":
             continue
-        primary = {} if features in ("text", "transnet") else {"evaluate.primary": "KID-transnet"}
-        over = {"partition.features": features, "partition.method": "kmeans", **primary}
+        judged: dict[str, Any] = {} if features in ("text", "transnet") else {"evaluate.primary": "KID-transnet"}
+        over = {"partition.features": features, "partition.method": "kmeans", **judged}
         title = f"clusters by {features}"
         members.append(Member(f"by-{name}", title, over, (EXPERTS, ROUTER), seeds))
         arms.append(Arm(f"by-{name}", title, "ablation", f"by-{name}", config.sample.strategy, seeds))
@@ -296,13 +324,14 @@ def _curve(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
     for factor, label in ((0.5, "half"), (2, "double")):
         heads = max(1, round(expert.heads * factor))
         if heads != expert.heads:
-            shape = {"expert.width": heads * head, "expert.heads": heads}
+            shape: dict[str, Any] = {"expert.width": heads * head, "expert.heads": heads}
             points[f"width-{heads * head}"] = (
                 f"width {heads * head}",
                 {**shape, **_small_router(config, heads * head)},
             )
         steps = max(1, round(expert.steps * factor))
-        points[f"steps-{label}"] = (f"{label} the steps", {"expert.steps": steps})
+        routed = max(1, round(config.router.steps * factor))
+        points[f"steps-{label}"] = (f"{label} the steps", {"expert.steps": steps, "router.steps": routed})
     for name, (title, over) in points.items():
         members.append(Member(name, title, {**over, "monolith.steps": 0}, (EXPERTS, ROUTER, MONOLITH), seeds))
         arms.append(Arm(name, f"{title}: experts", "ablation", name, config.sample.strategy, seeds))

@@ -1,0 +1,448 @@
+"""The ablations of a study, each as one small table, a chart and a sentence: from the scores, the kept clips, the networks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from archipel.evaluation.inputs import EXTRACTORS, NETWORK
+from archipel.evaluation.intervals import Interval, mean_interval, short
+from archipel.progress import Progress, StopFlag
+from archipel.routing.router import load_router
+from archipel.study import probing
+from archipel.study.costs import costs
+from archipel.study.members import Members
+from archipel.study.plan import MAIN, MIXED, SWEEP, TEST, primary
+from archipel.study.prompts import Prompts
+from archipel.study.sampling import read_kept, sample_path
+from archipel.study.scores import Result
+
+logger = logging.getLogger("archipel")
+Ablation = dict[str, Any]
+
+
+def all_of(members: Members, result: Result, stop: StopFlag) -> list[Ablation]:
+    """Every ablation of the plan's parts. Raises Stopped between two of them."""
+    parts = members.plan.parts
+    make: list[Callable[[Members, Result], Iterable[Ablation]]] = []
+    if "ablations" in parts:
+        make += [specialisation, schedules, experts_missing, mixed_captions, over_time, expert_agreement, predicted]
+    if "experts" in parts:
+        make.append(number_of_experts)
+    if "partitions" in parts:
+        make += [crossed, partition_seeds]
+    if "warm" in parts:
+        make.append(warm_start)
+    found: list[Ablation] = []
+    with Progress("study: ablations", len(make)) as bar:
+        for one in make:
+            if stop:
+                raise stop.error("the study")
+            found += one(members, result)
+            bar.advance()
+    return found
+
+
+def ablation(
+    name: str,
+    title: str,
+    question: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    verdict: str,
+    *,
+    about: str = "",
+    chart: Mapping[str, Any] | None = None,
+) -> Ablation:
+    """One entry of study.json. Cells are intervals, numbers, text or None."""
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    return {
+        "name": name, "title": title, "question": question, "about": about, "columns": list(columns),
+        "rows": cells, "chart": chart, "verdict": verdict,
+    }  # fmt: skip
+
+
+def _cell(cell: Any) -> Any:
+    return probing.as_dict(cell) if isinstance(cell, Interval) else cell
+
+
+def _chart(kind: str, x: str, y: str, series: Mapping[str, Sequence[tuple[float, Interval]]]) -> dict[str, Any]:
+    def point(at: float, value: Interval) -> list[float | None]:
+        given = probing.as_dict(value)
+        return [at, given["value"], given["low"], given["high"]]
+
+    points = [{"name": name, "points": [point(at, value) for at, value in found]} for name, found in series.items()]
+    return {"kind": kind, "x": x, "y": y, "series": points}
+
+
+def _metric(members: Members) -> str:
+    return members.run.config.evaluate.primary
+
+
+def _of(result: Result, arm: str, metric: str, prompts: str = TEST) -> Interval | None:
+    return result.interval(prompts, arm, metric)
+
+
+# --- who knows what --------------------------------------------------------------------------------------------------
+
+
+def specialisation(members: Members, result: Result) -> list[Ablation]:
+    """An expert on captions of its own cluster and on the others': the paper's Section 4.3, by the text-video probe."""
+    k, seeds = members.run.config.partition.k, members.plan.arm("expert-1").seeds
+    per_clip = result.similarity(TEST)
+    if per_clip is None:
+        return [_withheld("specialisation", "Specialisation", "Does an expert know its own cluster better?", result)]
+    prompts = Prompts.of(members.run, TEST)
+    _, groups = np.unique(prompts.groups, return_inverse=True)
+    rows: list[list[Any]] = []
+    gaps: list[np.ndarray] = []
+    for expert in range(k):
+        own, others, own_groups, other_groups = [], [], [], []
+        for seed in range(seeds):
+            values = per_clip(f"expert-{expert}", seed)
+            mine = _clusters(members, seed, prompts) == expert
+            own.append(values[mine])
+            others.append(values[~mine])
+            own_groups.append(groups[mine])
+            other_groups.append(groups[~mine])
+        ours = mean_interval(np.concatenate(own), np.concatenate(own_groups))
+        theirs = mean_interval(np.concatenate(others), np.concatenate(other_groups))
+        rows.append([f"expert {expert}", ours, theirs, ours.value - theirs.value])
+    for seed in range(seeds):
+        table = np.stack([per_clip(f"expert-{expert}", seed) for expert in range(k)])
+        mine = _clusters(members, seed, prompts)
+        own_score = table[mine, np.arange(len(mine))]
+        gaps.append(own_score - (table.sum(0) - own_score) / (k - 1))
+    gap = mean_interval(np.concatenate(gaps), np.tile(groups, seeds))
+    said = "experts are better on their own captions" if gap.low > 0 else "no specialisation can be told"
+    return [
+        ablation(
+            "specialisation", "Specialisation", "Does an expert follow captions of its own cluster better than the others do?",
+            ["expert", "own cluster's captions", "the others' captions", "difference"], rows,
+            f"On the same captions the cluster's own expert scores {gap} above the mean of the other experts: {said}.",
+            about="cosine of the text-video probe, test captions without guidance changes; the paper reports CLIP 0.2175 against 0.1781",
+        )
+    ]  # fmt: skip
+
+
+def _clusters(members: Members, seed: int, prompts: Prompts) -> np.ndarray:
+    from archipel.partition.assignment import load_assignment
+
+    return load_assignment(members.of(MAIN, seed))[prompts.rows]
+
+
+def _withheld(name: str, title: str, question: str, result: Result) -> Ablation:
+    return ablation(name, title, question, [""], [], f"Withheld: {result.probe_withheld}")
+
+
+def schedules(members: Members, result: Result) -> list[Ablation]:
+    """Two experts in forced turns over the steps: the paper's Figure 5."""
+    names = {
+        "expert-0": "A alone", "expert-1": "B alone", "first-0-1": "A at high noise, then B",
+        "first-1-0": "B at high noise, then A", "alternate-0-1": "A and B in turns",
+    }  # fmt: skip
+    metric = _metric(members)
+    rows = [[label, _of(result, arm, metric), _of(result, arm, "text-video-probe")] for arm, label in names.items()]
+    single = (
+        result.difference(TEST, "alternate-0-1", "expert-0", metric),
+        result.difference(TEST, "alternate-0-1", "expert-1", metric),
+    )
+    order = result.difference(TEST, "first-0-1", "first-1-0", metric)
+    said = []
+    if all(single):
+        better = all(one is not None and one.high < 0 for one in single)
+        said.append(
+            "alternating beats both single experts" if better else "alternating does not beat both single experts"
+        )
+    if order is not None:
+        matters = order.low > 0 or order.high < 0
+        said.append(
+            f"A then B less B then A is {order}: {'the order matters' if matters else 'no difference can be told'}"
+        )
+    return [
+        ablation(
+            "schedules", "Forced schedules of two experts", "Does it matter which expert speaks at which noise level?",
+            ["schedule", metric, "text-video probe"], rows, "; ".join(said).capitalize() + ".",
+            about=f"experts 0 (A) and 1 (B) on all test captions; high noise is t > {0.5}",
+        )
+    ]  # fmt: skip
+
+
+def experts_missing(members: Members, result: Result) -> list[Ablation]:
+    """Each expert taken away: what its loss costs."""
+    metric, whole = _metric(members), primary(members.run.config)
+    rows: list[list[Any]] = [["all experts", _of(result, whole, metric), None]]
+    worst: list[Interval] = []
+    for number in range(members.run.config.partition.k):
+        gap = result.difference(TEST, f"without-{number}", whole, metric)
+        rows.append([f"without expert {number}", _of(result, f"without-{number}", metric), gap])
+        if gap is not None:
+            worst.append(gap)
+    high = max(worst, key=lambda gap: gap.value, default=None)
+    verdict = f"The costliest loss adds {high} to {metric}." if high else "Not measured."
+    return [
+        ablation(
+            "missing", "Missing experts", "How much is lost when an island never delivers?",
+            ["experts", metric, "more than with all"], rows, verdict,
+            about="the router's posterior is restricted to the experts that are there and renormalised",
+        )
+    ]  # fmt: skip
+
+
+def mixed_captions(members: Members, result: Result) -> list[Ablation]:
+    """Captions that put together what two clusters know, which no clip of the data shows."""
+    prompts = Prompts.of(members.run, MIXED)
+    found = result.parts(MIXED)
+    names = [arm for arm in members.plan.arms if MIXED in arm.sets]
+    if found is None:
+        return [_withheld("mixed", "Captions that mix clusters", "What happens between the clusters?", result)]
+    rows = [[arm.title.removesuffix(", mixed captions"), *found(arm.name)] for arm in names]
+    gap = found.gap(f"mixed-{primary(members.run.config)}", "mixed-monolith")
+    said = (
+        "no difference can be told"
+        if gap.low <= 0 <= gap.high
+        else "the archipelago follows them better"
+        if gap.low > 0
+        else "the monolith follows them better"
+    )
+    examples = "; ".join(repr(caption) for caption in prompts.captions[:3])
+    return [
+        ablation(
+            "mixed", "Captions that mix clusters", "Can experts do what no single cluster shows?",
+            ["arm", "probe: the whole caption", "probe: its subject", "probe: its action"], rows,
+            f"Whole caption, {primary(members.run.config)} less monolith: {gap}; {said}.",
+            about=f"{len(prompts.captions)} captions such as {examples}; there are no real clips to hold them against",
+        )
+    ]  # fmt: skip
+
+
+# --- networks on noisy clips -----------------------------------------------------------------------------------------
+
+
+def over_time(members: Members, result: Result) -> list[Ablation]:
+    """Accuracy and entropy of the three routers over time."""
+    run = members.of(MAIN, 0)
+    clips = probing.Clips.of(run, Prompts.of(members.run, TEST))
+    kinds = {"text and latent": MAIN, "text only": "router-text", "latent only": "router-latent"}
+    series = {
+        label: probing.router_over_time(load_router(members.of(name, 0)), clips, run.config.run.seed)
+        for label, name in kinds.items()
+    }
+    rows = [
+        [
+            f"t = {t:.2f}",
+            *(series[label][place]["accuracy"] for label in kinds),
+            series["text and latent"][place]["entropy"],
+        ]
+        for place, t in enumerate(probing.TIMES)
+    ]
+    accuracy = {label: [(one["t"], one["accuracy"]) for one in found] for label, found in series.items()}
+    entropy = {label: [(one["t"], one["entropy"]) for one in found] for label, found in series.items()}
+    first, last = series["text and latent"][-1]["accuracy"], series["text and latent"][0]["accuracy"]
+    columns = ["time", *(f"accuracy: {label}" for label in kinds), "entropy (nats): text and latent"]
+    chance = max(np.bincount(clips.clusters) / len(clips.clusters))
+    return [
+        ablation(
+            "router", "Router accuracy over time", "When does a noisy clip tell its cluster, and what do captions add?",
+            columns, rows,
+            f"From {first} at the noisiest time to {last} at the cleanest; always naming the largest cluster is right in {chance:.0%}.",
+            about="test clips, noise of its own, calibrated routers of the first seed; 1 is noise",
+            chart=_chart("lines", "t (1 = noise)", "accuracy", accuracy),
+        ),
+        ablation(
+            "entropy", "Router entropy over time", "How sure is the router?", ["", "entropy at t = 0.95", "entropy at t = 0.05"],
+            [[label, found[-1]["entropy"], found[0]["entropy"]] for label, found in series.items()],
+            f"Even shares would have {short(float(np.log(run.config.partition.k)))} nats.",
+            chart=_chart("lines", "t (1 = noise)", "entropy, nats", entropy),
+        ),
+    ]  # fmt: skip
+
+
+def expert_agreement(members: Members, result: Result) -> list[Ablation]:
+    """Do experts agree, and is the cluster's own expert the best at predicting?"""
+    run = members.of(MAIN, 0)
+    found = probing.agreement(run, probing.Clips.of(run, Prompts.of(members.run, TEST)), run.config.run.seed)
+    rows = [[f"t = {one['t']:.2f}", one["cosine"], one["own"], one["others"], one["best"]] for one in found]
+    sharp = [one for one in found if one["gap"].low > 0]
+    said = f"the own expert predicts better at {len(sharp)} of {len(found)} times"
+    return [
+        ablation(
+            "agreement", "Agreement between experts", "How unlike are the experts, and does the own one predict best?",
+            ["time", "cosine between velocities", "error of the own expert", "error of the others", "own one is best"], rows,
+            said.capitalize() + f" (chance of being best is {1 / run.config.partition.k:.0%}).",
+            about="squared velocity error per number on noisy test clips, captions given, no guidance, first seed",
+            chart=_chart("lines", "t (1 = noise)", "share or cosine", {
+                "cosine between experts": [(one["t"], one["cosine"]) for one in found],
+                "own expert is best": [(one["t"], one["best"]) for one in found],
+            }),
+        )
+    ]  # fmt: skip
+
+
+def predicted(members: Members, result: Result) -> list[Ablation]:
+    """Is the predicted clip nearest to the centroid of the true cluster?"""
+    run = members.of(MAIN, 0)
+    title, question = "Predicted clips and centroids", "Does an expert pull a noisy clip towards its own cluster?"
+    if run.config.partition.features == "text" or run.config.partition.method == "random":
+        said = "Not measured: clusters were not made by what clips look like."
+        return [ablation("centroids", title, question, [""], [], said)]
+    found = probing.predicted_clusters(run, probing.Clips.of(run, Prompts.of(members.run, TEST)), run.config.run.seed)
+    labels = {"own": "own expert", "router": "the router's choice", "other": "another expert"}
+    rows = [[f"t = {one['t']:.1f}", *(one[who] for who in labels)] for one in found]
+    chart = {label: [(one["t"], one[who]) for one in found] for who, label in labels.items()}
+    noisy = found[-1]
+    return [
+        ablation(
+            "centroids", title, question, ["time", *labels.values()], rows,
+            f"At t = {noisy['t']:.1f} the own expert's prediction lies nearest to the clip's own centroid in {noisy['own']} of the clips, "
+            f"another expert's in {noisy['other']}.",
+            about=f"share of {probing.X0_CLIPS} test clips whose decoded prediction of x0 is nearest to the centroid of the clip's own cluster",
+            chart=_chart("lines", "t (1 = noise)", "share nearest to the own centroid", chart),
+        )
+    ]  # fmt: skip
+
+
+# --- other trainings -------------------------------------------------------------------------------------------------
+
+
+def number_of_experts(members: Members, result: Result) -> list[Ablation]:
+    """K at constant total compute."""
+    metric, own = _metric(members), members.run.config.partition.k
+    chosen = primary(members.run.config)
+    arms = {k: chosen if k == own else f"k{k}" for k in sorted({*SWEEP, own})}
+    rows: list[list[Any]] = [["monolith (K = 1)", _of(result, "monolith", metric), _cost(members, "monolith")]]
+    series = []
+    for k, arm in arms.items():
+        value = _of(result, arm, metric)
+        rows.append([f"K = {k}", value, _cost(members, arm)])
+        if value is not None:
+            series.append((float(k), value))
+    best = min(series, key=lambda point: point[1].value, default=None)
+    said = f"Least at K = {best[0]:.0f}: {best[1]}." if best else "Not measured."
+    return [
+        ablation(
+            "experts", "Number of experts", "How many experts at constant total compute?",
+            ["experts", metric, "training FLOPs"], rows, said,
+            about="expert batch B/K, equal steps (rounded so that the total stays); the same strategy",
+            chart=_chart("lines", "experts K", metric, {chosen: series}),
+        )
+    ]  # fmt: skip
+
+
+def _cost(members: Members, arm: str) -> str:
+    spent = costs(members, members.plan.arm(arm))["training_flops"]
+    return "" if spent is None else f"{spent / 1e12:.2f} T"
+
+
+def crossed(members: Members, result: Result) -> list[Ablation]:
+    """Clustered by A, scored by B: every partition against every extractor."""
+    config = members.run.config
+    chosen = primary(config)
+    own = config.partition.features
+    arms = {
+        chosen: own,
+        **{
+            arm.name: members.of(arm.member, 0).config.partition.features
+            for arm in members.plan.arms
+            if arm.name.startswith("by-")
+        },
+    }
+    metrics = [f"KID-{name}" for name in EXTRACTORS]
+    rows: list[list[Any]] = []
+    for arm, features in arms.items():
+        cells: list[Any] = []
+        for name, metric in zip(EXTRACTORS, metrics, strict=True):
+            value = _of(result, arm, metric)
+            circle = NETWORK[name] in _networks(features)
+            cells.append(f"({value})" if circle and value is not None else value)
+        rows.append([f"by {features}" + (" (the study's)" if arm == chosen else ""), *cells])
+    rows.append(["random shards", *(_of(result, "random-shards", metric) for metric in metrics)])
+    rows.append(["monolith", *(_of(result, "monolith", metric) for metric in metrics)])
+    return [
+        ablation(
+            "crossed", "What clusters are made by", "Does it matter which features make the clusters, and who judges?",
+            ["clusters", *metrics], rows,
+            "Values in brackets are circles: the judge's network also made the clusters, so they count for nothing.",
+            about=f"{members.plan.arm(next(iter(a for a in arms if a != chosen), chosen)).seeds} seeds of the other partitions",
+        )
+    ]  # fmt: skip
+
+
+def _networks(features: str) -> set[str]:
+    return {"transnet": {"transnet"}, "text": set()}.get(features, {"efficientnet"})
+
+
+def partition_seeds(members: Members, result: Result) -> list[Ablation]:
+    """Only the partition drawn anew, all else as in the first seed."""
+    metric, chosen = _metric(members), primary(members.run.config)
+    seeds = result.per_seed(TEST, chosen, metric)
+    others = {
+        arm.name: result.per_seed(TEST, arm.name, metric)
+        for arm in members.plan.arms
+        if arm.name.startswith("partition-")
+    }
+    first = seeds.get(0)
+    rows: list[list[Any]] = [["the study's first seed", first]]
+    rows += [[name.replace("-", " seed "), values.get(0)] for name, values in others.items()]
+    partitions = [value for value in (first, *(values.get(0) for values in others.values())) if value is not None]
+    by_partition = max(partitions) - min(partitions) if partitions else 0.0
+    by_seed = max(seeds.values()) - min(seeds.values()) if seeds else 0.0
+    return [
+        ablation(
+            "partition-seeds", "Seeds of the partition alone", "How much of the spread is the partition's?",
+            ["partition", metric], rows,
+            f"Range over {len(partitions)} partitions {short(by_partition)}; over the study's {len(seeds)} seeds of everything {short(by_seed)}.",
+        )
+    ]  # fmt: skip
+
+
+def warm_start(members: Members, result: Result) -> list[Ablation]:
+    """A short shared start for both sides."""
+    metric, chosen = _metric(members), primary(members.run.config)
+    names = {
+        chosen: "experts from nothing",
+        "warm": "experts from the shared start",
+        "monolith": "monolith from nothing",
+        "warm-monolith": "monolith from the shared start",
+    }
+    rows = [[label, _of(result, arm, metric), _cost(members, arm)] for arm, label in names.items()]
+    gap, ratio = (
+        result.difference(TEST, "warm", "warm-monolith", metric),
+        result.ratio(TEST, "warm-monolith", "warm", metric),
+    )
+    said = f"Experts less monolith, both warm: {gap}" + (f"; ratio {ratio}" if ratio is not None else "") + "."
+    return [
+        ablation(
+            "warm", "A short shared warm start", "Does a tenth of the training in common help?", ["arm", metric, "training FLOPs"], rows, said,
+            about="the shared steps' FLOPs are in each arm's total once, and each arm's own steps are fewer by them",
+        )
+    ]  # fmt: skip
+
+
+def curve(members: Members, result: Result) -> dict[str, Any] | None:
+    """Ratio monolith over archipelago against training FLOPs and width; None where no point was trained."""
+    metric, chosen = _metric(members), primary(members.run.config)
+    names = [
+        arm.name
+        for arm in members.plan.arms
+        if arm.name.startswith(("width-", "steps-")) and not arm.name.endswith("-monolith")
+    ]
+    points = []
+    for arm, base in ((chosen, "monolith"), *((name, f"{name}-monolith") for name in names)):
+        ratio = result.ratio(TEST, base, arm, metric)
+        one = members.plan.arm(arm)
+        config = members.of(one.member, 0).config
+        points.append(
+            {
+                "label": "the study" if arm == chosen else members.plan.member(one.member).title,
+                "width": config.expert.width,
+                "steps": config.expert.steps,
+                "flops": costs(members, one)["training_flops"],
+                "ratio": probing.as_dict(ratio) if ratio is not None else None,
+                "metric": metric,
+            }
+        )
+    return {"x": "training FLOPs per arm", "points": points} if names else None
