@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archipel import __version__, cli_islands
+from archipel import __version__, cli_evaluate, cli_islands
 from archipel.edge import flush, message, parse_duration, say, stop_with_parent
 from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
@@ -142,16 +142,6 @@ def route(run: RunPath) -> None:
 
 
 @app.command()
-def evaluate(run: RunPath) -> None:
-    """Score the generated clips of every arm; prints the table."""
-    from archipel import pipeline
-
-    opened = pipeline.open_run(run)
-    pipeline.evaluate(opened)
-    _print_table(opened)
-
-
-@app.command()
 def report(run: RunPath) -> None:
     """Write the run's page: RUN/report/index.html."""
     from archipel import pipeline
@@ -186,7 +176,7 @@ def _run_all(opened: Any, **where: Any) -> None:
     from archipel import pipeline
 
     page = pipeline.run_all(opened, **where)
-    _print_table(opened)
+    cli_evaluate.print_table(opened)
     say(f"report: {page}")
 
 
@@ -255,15 +245,6 @@ def verify(run: RunPath) -> None:
             f"{len(problems)} of the run's files are not what they were: remove the folders named above and run `archipel run {run}`"
         )
     say(f"{folders} folders verified, all as written")
-
-
-def _print_table(opened: Any) -> None:
-    from rich.console import Console
-
-    from archipel.evaluation.stage import rich_table
-
-    console = Console()
-    console.print(rich_table(opened, console.width))
 
 
 # --- generating ------------------------------------------------------------------------------------------------------
@@ -403,6 +384,7 @@ def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not as
     print(f"removed {size:.1f} MB")
 
 
+cli_evaluate.register(app)
 cli_islands.register(app)
 
 

@@ -24,6 +24,7 @@ from archipel.progress import StopFlag, log_to
 from archipel.run import MONOLITH, ROUTER, Run
 
 if TYPE_CHECKING:
+    from archipel.evaluation.against import Against
     from archipel.islands.launch.engine import Engine
     from archipel.training.local import Local
 
@@ -231,6 +232,18 @@ def evaluate(run: Run, stop: StopFlag | None = None) -> None:
     split = run.config.evaluate.split
     with _stopping(stop) as flag, _alone(run, "evaluate", run.scores(split).parent, run.samples(split) / "features"):
         stage(run, flag)
+
+
+def evaluate_against(run: Run, folder: Path, stop: StopFlag | None = None, *, max_rejected: float = 0.1) -> Against:
+    """Score any folder of clips against the run's clips of ``evaluate.split``."""
+    from archipel.evaluation.against import against
+
+    with (
+        _stopping(stop) as flag,
+        _alone(run, "evaluate", run.scores(run.config.evaluate.split).parent),
+        log_to(run.log("evaluate")),
+    ):
+        return against(run, folder, flag, max_rejected=max_rejected)
 
 
 def report(run: Run) -> Path:

@@ -183,6 +183,35 @@ def _decode_video(data: bytes, container_format: str, window: Window) -> list[np
     return frames
 
 
+def video_length(data: bytes) -> Fraction | None:
+    """How long a video is, in seconds, by its packets: nothing is decoded. None for loops, which have no end.
+
+    Raises Rejected where the bytes are no clip, cut off, or hold no video.
+    """
+    kind = kind_of(data)
+    check_whole(data, kind)
+    if kind in PILLOW_KINDS:
+        return None
+    import av
+
+    try:
+        opened: Any = av.open(io.BytesIO(data), format=AV_FORMATS[kind], metadata_errors="replace")
+        with opened as container:
+            if not container.streams.video:
+                raise Rejected("no frames: there is no video stream")
+            stream = container.streams.video[0]
+            base = Fraction(stream.time_base or 1)
+            step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+            ends = [
+                Fraction(packet.pts) * base + (Fraction(packet.duration) * base if packet.duration else step)
+                for packet in container.demux(stream)
+                if packet.pts is not None
+            ]
+            return max(ends, default=Fraction(0)) - Fraction(stream.start_time or 0) * base
+    except av.error.FFmpegError as error:
+        raise Rejected(f"undecodable: no readable {AV_FORMATS[kind]} container") from error
+
+
 def _pick(
     data: bytes, container_format: str, times: list[Fraction], window: Window, seek: bool
 ) -> list[np.ndarray] | None:

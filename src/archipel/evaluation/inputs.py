@@ -68,7 +68,7 @@ class Inputs:
         return [self.clips[row].group for row in rows]
 
 
-def _identity(run: Run, clips: Sequence[Clip], reference: np.ndarray) -> str:
+def real_identity(run: Run, clips: Sequence[Clip], reference: np.ndarray) -> str:
     """Which real clips the arms are compared with: their bytes, and how frames were cut out of them."""
     window = run.config.clips.model_dump(mode="json", include={"frames", "fps", "start", "size", "crop", "background"})
     return store.sha256_json({"clips": [clips[row].sha256 for row in reference], "window": window})
@@ -139,7 +139,7 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
         rows=rows,
         captions=captions,
         prompts=digest,
-        identity=_identity(run, clips, reference),
+        identity=real_identity(run, clips, reference),
         reference=reference,
         train=np.array(rows_of(clips, "train"), np.int64),
         features=cached,

@@ -75,10 +75,13 @@ def frechet_halves(
     for row in range(halvings):
         order, pick = draw.permutation(len(a)), draw.permutation(len(b))[:h]
         first, second = a[order[:h]], a[order[h : 2 * h]]
-        floor[row], same[row] = (
-            frechet(*(Moments.of(part) for part in compact(first, other))) for other in (second, b[pick])
-        )
+        floor[row], same[row] = _frechet(first, second), _frechet(first, b[pick])
     return floor, same, h
+
+
+def _frechet(a: np.ndarray, b: np.ndarray) -> float:
+    one, two = compact(a, b)
+    return frechet(Moments.of(one), Moments.of(two))
 
 
 def kid_left_out(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -101,7 +104,7 @@ def kid_left_out(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             )
         return np.where(min(left_a, left_b) < 2, np.nan, value)
 
-    whole = estimate(*(np.asarray([total]) for total in totals), n, m)
+    whole = estimate(np.asarray([totals[0]]), np.asarray([totals[1]]), np.asarray([totals[2]]), n, m)
     without_a = estimate(totals[0] - 2 * aa, np.full(n, totals[1]), totals[2] - ab, n - 1, m)
     without_b = estimate(np.full(m, totals[0]), totals[1] - 2 * bb, totals[2] - ba, n, m - 1)
     return np.concatenate([whole, without_a, without_b])

@@ -193,7 +193,7 @@ def table(run: Run) -> list[dict[str, str]]:
     if not path.exists():
         raise MissingStageError(f"{path} is not there: run `archipel evaluate {run.root}` first")
     rows = store.read_json(path)
-    cells = {(row["arm"], row["metric"]): _cell(row) for row in rows}
+    cells = {(row["arm"], row["metric"]): cell(row) for row in rows}
     excess = "excess-FD-" + verdicts.crossing(config)["primary_extractor"]
     wanted = [config.evaluate.primary, excess, "text-video-probe", "motion", verdicts.JUDGE]
     metrics = [name for name in dict.fromkeys(wanted) if any(metric == name for _, metric in cells)]
@@ -205,7 +205,7 @@ def table(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: dict[str, Any]) -> str:
     """``0.46 [0.34, 0.58]``, short enough for three columns in a terminal; the files have all digits."""
     value, low, high = (_short(row[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]" if low or high else value
