@@ -18,6 +18,7 @@ from archipel.evaluation.intervals import Interval
 HALVINGS = 8
 UNITS = 24  # groups are packed into at most so many units for the Frechet jackknife
 FLOOR_HALVINGS = 200
+WHOLE_HALVINGS = 2  # in all dimensions every half costs a decomposition of its own
 NEIGHBOURS = 5
 CLIPS_PER_DIMENSION = 3
 SHARES = ("share-nearer-train", "train-over-test", "precision", "recall", "coverage")
@@ -81,6 +82,55 @@ class FrechetSide:
         """FD of an arm's clips (n, D) of content groups (n,), mean over passes through the captions: (1 + U,)."""
         parts = [self._side.distances(self._moments(features[one], group[one])) for one in passes]
         return np.asarray(np.mean(parts, axis=0))
+
+
+class WholeFrechetSide:
+    """Frechet distances in all dimensions over disjoint halves, for a score that is called FVD: no PCA, same-N floor.
+
+    tr (A B)^1/2 of the covariances of centred rows X, Y is the sum of the singular values of X Y^T / sqrt((n-1)(m-1)), so
+    that nothing of size (D, D) is made, and few clips cost little whatever D is.
+    """
+
+    def __init__(
+        self,
+        unit: np.ndarray,
+        seed: int,
+        reference: tuple[np.ndarray, np.ndarray],
+        own: tuple[np.ndarray, np.ndarray],
+    ) -> None:
+        """unit, reference and own as for ``FrechetSide``; at least 4 units."""
+        self._shift = np.asarray(reference[0], np.float64).mean(0)
+        self._rows = np.asarray(reference[0], np.float64) - self._shift
+        self._own_gram = self._rows @ self._rows.T
+        self._unit, self._reference_unit = unit, unit[reference[1]]
+        self._plan = HalfPlan.make(int(unit.max()) + 1, WHOLE_HALVINGS, seed)
+        self.floor = self.distances(*own, [np.arange(len(own[0]))])
+
+    def distances(self, features: np.ndarray, group: np.ndarray, passes: Sequence[np.ndarray]) -> np.ndarray:
+        """FD of an arm's clips (n, D) of content groups (n,), mean over passes: (1 + U,); nan below two clips a half."""
+        return np.asarray(np.mean([self._pass(features[one], self._unit[group[one]]) for one in passes], axis=0))
+
+    def _pass(self, features: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        rows = np.asarray(features, np.float64) - self._shift
+        squares, cross = rows @ rows.T, rows @ self._rows.T
+        first, second = self._plan.first[..., unit], self._plan.second[..., self._reference_unit]
+        found = [
+            [_gram_frechet(squares, self._own_gram, cross, a, b) for a, b in zip(ones, others, strict=True)]
+            for ones, others in zip(first, second, strict=True)
+        ]
+        return np.asarray(np.mean(found, axis=1))
+
+
+def _gram_frechet(aa: np.ndarray, bb: np.ndarray, ab: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    """Frechet distance (divisor n - 1) of the rows ``first`` and ``second`` (bool) from inner products of all rows."""
+    n, m = int(first.sum()), int(second.sum())
+    if min(n, m) < 2:
+        return float("nan")
+    one, two, cross = aa[np.ix_(first, first)], bb[np.ix_(second, second)], ab[np.ix_(first, second)]
+    apart = one.mean() + two.mean() - 2 * cross.mean()
+    spread = (np.trace(one) - n * one.mean()) / (n - 1) + (np.trace(two) - m * two.mean()) / (m - 1)
+    centred = cross - cross.mean(0) - cross.mean(1)[:, None] + cross.mean()
+    return float(apart + spread - 2 * np.linalg.svd(centred, compute_uv=False).sum() / ((n - 1) * (m - 1)) ** 0.5)
 
 
 class KernelSide:
