@@ -1,7 +1,9 @@
 """Two independent sets of clips, every clip a unit of chance: leave-out values of Frechet distance and KID.
 
 For sets that come without content groups, such as two folders. Leave-out values go to ``intervals.jackknife``: for two
-independent samples its pooled form is the sum of both samples' variances, whatever their sizes.
+independent samples its pooled form is the sum of both samples' variances, whatever their sizes. Measured on Gaussians,
+600 repeats each: 95 % intervals of KID covered 0.93 to 0.98 (0.89 to 0.92 in 8 dimensions far from the origin, where the
+cubic kernel is skewest), those of FD at its N 0.94 to 0.99 (150 repeats).
 """
 
 from __future__ import annotations
