@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import warnings
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ class Head:
         self.sha256 = store.sha256_bytes(content)
         require_hash(spec, self.sha256)
         try:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # about pickle protocols; what is refused is said below
+                warnings.simplefilter("ignore")
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise DamagedError(
                 f"{path} is not a file of tensors only, and anything else in a .pth file could run code: refused "
