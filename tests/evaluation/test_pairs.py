@@ -58,9 +58,9 @@ def test_an_interval_covers_what_sets_of_this_size_give_on_average(n: int, m: in
     def two(number: int, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
         return draw(2 * number, n, 24, mean=0), draw(2 * number + 1, m, 24, 0.3, mean=0)
 
-    repeats = 120
-    truth = np.mean([fd(*two(1000 + i, n, m)) for i in range(300)])
-    kid = np.mean([distances.kid(*two(2000 + i, 300, 300)) for i in range(60)])
+    repeats = 400
+    truth = np.mean([fd(*two(1000 + i, n, m)) for i in range(600)])
+    kid = np.mean([distances.kid(*two(2000 + i, 300, 300)) for i in range(150)])
     hits = np.zeros(2)
     for i in range(repeats):
         bounds = [intervals.jackknife(f(*two(i, n, m))) for f in (pairs.frechet_left_out, pairs.kid_left_out)]
