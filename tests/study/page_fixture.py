@@ -33,7 +33,7 @@ GOOD = {
 }
 TITLES = {
     "real": ("Real clips", "real"),
-    "codec": ("Codec only", "codec"),
+    "codec": ("Codec only", "real"),
     "top1": ("Archipelago, top-1", "archipelago"),
     "top2": ("Archipelago, top-2", "archipelago"),
     "full": ("Archipelago, full mixture", "archipelago"),

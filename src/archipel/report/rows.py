@@ -67,7 +67,7 @@ def category_chart(
     if not drawn:
         return Markup("")
     width, step, gap, top = 640, 18 if len(groups) > 1 else 22, 8, TOP + 14 * bool(marks)
-    name_width = min(250, max(110, 18 + LETTER * max(len(name) for name, _ in drawn)))
+    name_width = min(300, max(110, 18 + LETTER * max(len(name) for name, _ in drawn)))
     height = top + sum(step * len(values) + gap for _, values in drawn) + BOTTOM
     spread = [end for _, values in drawn for _, value in values for end in _ends(value)]
     spread += [value for value, _ in marks if math.isfinite(value)]
@@ -143,7 +143,7 @@ def paired_chart(
     for (name, a, b), good in sorted(zip(pairs, better, strict=True), key=lambda one: axis(one[0][2])):
         css = "arch" if good else "mono"
         body.append(
-            f'<line class="pair {css}" x1="{x1}" y1="{axis(a)}" x2="{x2}" y2="{axis(b)}"/>'
+            f'<line class="slope {css}" x1="{x1}" y1="{axis(a)}" x2="{x2}" y2="{axis(b)}"/>'
             f'<circle class="dot {css}" cx="{x1}" cy="{axis(a)}" r="4"/><circle class="dot {css}" cx="{x2}" cy="{axis(b)}" r="4"/>'
         )
         place = max([axis(b), *(y + 13 for y in taken[-1:])])

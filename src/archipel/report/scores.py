@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,17 +69,41 @@ def direction(metric: str) -> str:
         return "lower"
     if metric.startswith("retrieval@") or metric in ("text-video-probe", "precision", "recall", "density", "coverage"):
         return "higher"
+    if metric.lower().startswith(("clip", "aesthetic")):
+        return "higher"
     return ""
 
 
-def _cell(row: Mapping[str, Any] | None) -> dict[str, str] | None:
-    if row is None:
+MOST = 6  # decimals shown at most; beyond them numbers are written with powers of ten
+
+
+def decimals(row: Any) -> int | None:
+    """Decimals at which a value's interval shows two digits of its own width; None where that is no plain number."""
+    value, low, high = (finite(mapping(row).get(key)) for key in ("value", "low", "high"))
+    if value is None or low is None or high is None or not high > low:
         return None
-    low, high = finite(row.get("low")), finite(row.get("high"))
-    return {
-        "value": number(float(row["value"])),
-        "interval": f"{number(low, 2)} to {number(high, 2)}" if low is not None and high is not None else "",
-    }
+    size = max(abs(value), abs(low), abs(high))
+    found = max(0, math.ceil(-math.log10(high - low)) + 1)
+    return found if found <= MOST and 1e-4 <= size < 1e5 else None
+
+
+def cell(row: Any, digits: int | None = None) -> dict[str, str] | None:
+    """{"value", "interval"} of {"value", "low", "high"} as text; None where there is no value.
+
+    ``digits``: decimals of the whole column; a value that they would round to 0 keeps its own.
+    """
+    value, low, high = (finite(mapping(row).get(key)) for key in ("value", "low", "high"))
+    if value is None:
+        return None
+    if low is None or high is None:
+        return {"value": number(value), "interval": ""}
+    places = decimals(row)
+    if places is not None and digits is not None and abs(value) >= 10.0**-digits:
+        places = digits
+    if places is None:
+        return {"value": number(value), "interval": f"{number(low, 2)} to {number(high, 2)}"}
+    shown = [f"{part:,.{places}f}".replace("-", "−") for part in (value, low, high)]
+    return {"value": shown[0], "interval": f"{shown[1]} to {shown[2]}"}
 
 
 def _table(
@@ -88,7 +113,7 @@ def _table(
     by = {(str(row.get("arm")), str(row.get("metric"))): row for row in rows}
     lines = []
     for arm in arms:
-        cells = [_cell(by.get((arm, metric))) for metric in metrics]
+        cells = [cell(by.get((arm, metric))) for metric in metrics]
         if any(cells):
             lines.append({"label": arm_label(arm, primary), "tone": arm_tone(arm, primary), "cells": cells})
     columns = [{"name": metric, "better": direction(metric), "primary": metric == chosen} for metric in metrics]
@@ -178,13 +203,8 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
 
 
 def interval_text(value: Any) -> str:
-    """'−0.02 (−0.03 to −0.01)' of {"value", "low", "high"}; '–' where there is no value."""
-    found = mapping(value)
-    centre, low, high = (finite(found.get(key)) for key in ("value", "low", "high"))
-    if centre is None:
+    """'−0.020 (−0.030 to −0.010)' of {"value", "low", "high"}; '–' where there is no value."""
+    shown = cell(mapping(value))
+    if shown is None:
         return "–"
-    return (
-        f"{number(centre)} ({number(low)} to {number(high)})"
-        if low is not None and high is not None
-        else number(centre)
-    )
+    return f"{shown['value']} ({shown['interval']})" if shown["interval"] else shown["value"]

@@ -178,10 +178,13 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float,
         y = y_axis(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         body.append(text_at(LEFT - 7, y + 4, number(tick), "tick", "end"))
-    for tick in x_axis.ticks():
-        x = x_axis(tick)
+    ticks = x_axis.ticks()
+    while len(ticks) > 2 and sum(LETTER * len(number(tick)) + 16 for tick in ticks) > width - RIGHT - LEFT:
+        ticks = ticks[:: 3 if x_axis.log and len(ticks) > 3 else 2]
+    for tick in ticks:
+        x, text = x_axis(tick), number(tick)
         body.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{height - BOTTOM}" y2="{height - BOTTOM + 4}"/>')
-        body.append(text_at(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
+        body.append(text_at(min(x, width - LETTER * len(text) / 2), height - BOTTOM + 17, text, "tick", "middle"))
     body.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
     body.append(text_at((LEFT + width - RIGHT) / 2, height - 6, x_label, "label", "middle"))
     middle = (TOP + height - BOTTOM) / 2
@@ -220,7 +223,7 @@ def line_chart(
     for value, text in marks:
         y = y_axis(value)
         body.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        body.append(text_at(WIDTH - RIGHT, y - 5, text, "tick", "end"))
+        body.append(text_at(LEFT + 5, y - 5, text, "tick"))
     for one, points in drawn:
         for x, low, high in one.spans(log_x, log_y):
             ends = f'y1="{y_axis(low):g}" y2="{y_axis(high):g}"'
@@ -319,8 +322,9 @@ def interval_chart(
     if not rows:
         return Markup("")
     marks = [mark for mark in marks if math.isfinite(mark[0])]
-    width, step, top = 640, 26, TOP + 14 * bool(marks)
-    name_width = min(250, max(150, 18 + LETTER * max(len(row[0]) for row in rows)))
+    step, top = 26, TOP + 14 * bool(marks)
+    name_width = min(300, max(150, 18 + LETTER * max(len(row[0]) for row in rows)))
+    width = max(640, round(name_width + 400))
     height = top + step * len(rows) + BOTTOM
     spread = [value for value, _ in marks]
     spread += [v for _, value, low, high, _ in rows for v in (value, low, high) if v is not None and math.isfinite(v)]

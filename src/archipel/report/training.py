@@ -163,6 +163,11 @@ def ledger(reader: Reader) -> dict[str, Any]:
     if not found:
         return {"missing": reader.command("run"), "matched": False, "ratio": None, "rows": []}
     rows, sums = [], dict.fromkeys((key for key, _, _ in _COLUMNS), 0.0)
+    trunk = {"flops": finite(mapping(found.get("trunk")).get("flops")), "updates": mapping(found.get("trunk")).get("steps")}
+    if trunk["flops"]:
+        cells = [_show(key, _value(trunk, keys)) for key, _, keys in _COLUMNS]
+        rows.append({"name": "shared start (once in each)", "cells": cells, "css": ""})
+        sums["flops"] += trunk["flops"]
     for name in [*run.expert_names, ROUTER]:
         entry = _entry(found, name)
         values = {key: _value(entry, keys) for key, _, keys in _COLUMNS}
@@ -171,7 +176,9 @@ def ledger(reader: Reader) -> dict[str, Any]:
             sums[key] = math.nan if values[key] is None else sums[key] + (values[key] or 0.0)
     total = [_show(key, finite(sums[key])) if key not in ("epochs", "updates") else "" for key, _, _ in _COLUMNS]
     rows.append({"name": "archipelago (sum)", "cells": total, "css": "sum"})
-    entry = _entry(found, MONOLITH)
+    entry = dict(_entry(found, MONOLITH))
+    if trunk["flops"] and entry.get("flops"):
+        entry["flops"] += trunk["flops"]
     rows.append(
         {"name": MONOLITH, "cells": [_show(key, _value(entry, keys)) for key, _, keys in _COLUMNS], "css": "sum"}
     )
@@ -239,7 +246,7 @@ def _names(value: Any) -> list[str]:
 def foreign(name: str, touched: Sequence[str]) -> list[str]:
     """What an expert's process touched of other shards, experts or the router: nothing, if it was isolated."""
     own = (f"shards/{name}/", f"experts/{name}/")
-    return [one for one in touched if one.startswith(("shards/", "experts/", "router/")) and not one.startswith(own)]
+    return [one for one in touched if one.startswith(("shards/", "experts/", "router/", "trunk/")) and not one.startswith(own)]
 
 
 def isolation(reader: Reader) -> dict[str, Any]:

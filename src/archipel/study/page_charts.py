@@ -13,6 +13,8 @@ from archipel.report.svg import Series, interval_chart, line_chart, number, tone
 from archipel.study.page_reading import StudyFiles, ends, entries
 from archipel.study.page_tables import short_name
 
+ACROSS = {"width": "width", "flops": "FLOPs"}
+
 
 def _lower(metric: str) -> str:
     better = direction(metric)
@@ -87,7 +89,7 @@ def _curve_series(points: Sequence[Mapping[str, Any]], across: str, along: str) 
             far = math.nan
             ends_of = (far if low is None else low, far if high is None else high)
             key = finite(point.get(across))
-            name = f"{across} {number(key)}" if key is not None else "ratio"
+            name = f"{ACROSS[across]} {number(key)}" if key is not None else "ratio"
             groups.setdefault(name, []).append((x, value, *ends_of))
     found = []
     for place, (name, values) in enumerate(groups.items()):

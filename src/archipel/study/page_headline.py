@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from archipel.report.reading import finite, mapping
-from archipel.report.scores import direction, interval_text
+from archipel.report.scores import cell, direction, interval_text
 from archipel.report.svg import number
 from archipel.study.page_charts import ratios
 from archipel.study.page_reading import FEW, StudyFiles, ends
@@ -32,23 +32,22 @@ def _sign(row: Mapping[str, Any]) -> int:
 
 def _answer(row: Mapping[str, Any], base: str, few: bool) -> tuple[str, str]:
     """(sentence, mood) of the deciding comparison."""
-    ratio, _, _ = ends(row.get("ratio"))
-    size = interval_text(row["ratio"]) if ratio is not None else ""
+    ratio = cell(mapping(row.get("ratio")))
+    interval = f" (95 % interval {ratio['interval']})" if ratio and ratio["interval"] else ""
+    size = f": the ratio is {ratio['value']}{interval}" if ratio else ""
     sign = _sign(row)
     if sign > 0:
         told = (
-            f"{base} lies {size} times as far from the real clips as the archipelago"
-            if size
+            f"The {base} lies {ratio['value']} times as far from the real clips as the archipelago{interval}"
+            if ratio
             else "The archipelago came nearer to the real clips than the monolith; by how many times cannot be said"
         )
         mood = "good"
     elif sign < 0:
-        told = "The monolith came nearer to the real clips than the archipelago" + (
-            f": the ratio is {size}" if size else ""
-        )
+        told = "The monolith came nearer to the real clips than the archipelago" + size
         mood = "plain"
     else:
-        told = "No difference between archipelago and monolith can be told" + (f": the ratio is {size}" if size else "")
+        told = "No difference between archipelago and monolith can be told" + size
         mood = "plain"
     return (f"{told}; too few clips to conclude", "warn") if few else (told, mood)
 
@@ -129,7 +128,7 @@ def headline(files: StudyFiles) -> dict[str, Any]:
     where = str(row.get("set"))
     few = files.few(where)
     against = files.title(str(row.get("baseline")))
-    title, mood = _answer(row, against, few)
+    title, mood = _answer(row, "better monolith" if row.get("baseline") == files.baseline else "monolith", few)
     cautions = _cautions(files, row, few)
     pair = f"{files.title(str(row.get('arm')))} less {against} is {interval_text(row.get('difference'))}"
     short = f"{row.get('metric')}, {files.set_title(where)}: {pair}"

@@ -86,18 +86,16 @@ class StudyFiles:
         first = ["real", "codec", self.arm, self.baseline]
 
         def place(one: Mapping[str, Any]) -> tuple[int, int]:
-            family = one.get("family")
             name = one["name"]
             return (
-                families.index(family) if family in families else families.index("control"),
+                families.index(_family(one)),
                 first.index(name) if name in first else len(first),
             )
 
         return sorted(listed, key=place)
 
     def family(self, arm: str) -> str:
-        found = self._named.get(arm, {}).get("family")
-        return found if found in dict(FAMILIES) else "control"
+        return _family(self._named.get(arm, {}))
 
     def title(self, arm: str) -> str:
         """The name that people read."""
@@ -182,6 +180,14 @@ class StudyFiles:
             self.note(name, ValueError("holds no clips of bytes (N, F, H, W, 3)"))
             return None
         return clips
+
+
+def _family(arm: Mapping[str, Any]) -> str:
+    """The family of an entry of "arms"; real clips and the codec are references whatever it says."""
+    if arm.get("name") in ("real", "codec"):
+        return "real"
+    found = arm.get("family")
+    return found if found in dict(FAMILIES) else "control"
 
 
 def ends(value: Any) -> tuple[float | None, float | None, float | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from archipel.report.reading import finite, mapping
-from archipel.report.scores import CLUSTERS, COPYING, RAW, direction, family, interval_text
+from archipel.report.scores import CLUSTERS, COPYING, RAW, cell, decimals, direction, family, interval_text
 from archipel.report.svg import number
-from archipel.study.page_reading import FAMILIES, StudyFiles, duration, ends, entries, flat, words
+from archipel.study.page_reading import FAMILIES, StudyFiles, duration, entries, flat, words
 
 COSTS = (
     ("parameters", "parameters"),
@@ -33,19 +34,12 @@ def short_name(metric: str) -> str:
     return metric
 
 
-def cell(row: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """{"value", "interval"} as text, or None."""
-    value, low, high = ends(row)
-    if value is None:
-        return None
-    text = f"{number(low, 2)} to {number(high, 2)}" if low is not None and high is not None else ""
-    return {"value": number(value), "interval": text}
-
-
 def _column_groups(files: StudyFiles, metrics: Sequence[str]) -> list[dict[str, Any]]:
     groups: dict[str, list[str]] = {}
     for metric in metrics:
         groups.setdefault(family(metric), []).append(metric)
+    order = [family(files.metric), *HEADINGS]
+    groups = dict(sorted(groups.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
     return [
         {
             "heading": HEADINGS.get(heading, heading),
@@ -71,9 +65,16 @@ def cost_cells(files: StudyFiles, arm: str, keys: Sequence[tuple[str, str]] = CO
         value = finite(files.costs(arm).get(key))
         beside = ""
         if key == "training_flops" and (share := files.relative(arm)) is not None and arm != files.baseline:
-            beside = f"{share:.3g} × baseline"
+            beside = f"{share:.3f} × baseline" if abs(share - 1) < 0.1 else f"{share:.3g} × baseline"
         found.append(None if value is None else {"value": number(value), "interval": beside})
     return found
+
+
+def _places(files: StudyFiles, where: str, metric: str) -> int | None:
+    """Decimals of a column: what most of its rows deserve."""
+    own = [decimals(files.score(where, one["name"], metric)) for one in files.arms]
+    found = Counter(places for places in own if places is not None).most_common(1)
+    return found[0][0] if found else None
 
 
 def table(
@@ -82,6 +83,7 @@ def table(
     """Arms of ``families`` down, ``metrics`` and costs across, for one prompt set."""
     groups = _column_groups(files, metrics)
     ordered = [column["metric"] for group in groups for column in group["columns"]]
+    places = [_places(files, where, metric) for metric in ordered]
     bodies = []
     for name, heading in FAMILIES:
         lines = []
@@ -89,7 +91,7 @@ def table(
             arm = one["name"]
             if files.family(arm) != name or name not in families:
                 continue
-            cells = [cell(files.score(where, arm, metric)) for metric in ordered]
+            cells = [cell(files.score(where, arm, m), digits) for m, digits in zip(ordered, places, strict=True)]
             if any(cells):
                 tag = "primary arm" if arm == files.arm else "baseline" if arm == files.baseline else ""
                 lines.append(
@@ -153,28 +155,29 @@ def results(files: StudyFiles) -> dict[str, Any]:
 def comparisons(files: StudyFiles) -> dict[str, Any]:
     """Context: every comparison with its difference, ratio and verdict, one table per prompt set."""
     rows = entries(files.study.get("comparisons"))
+    against = dict.fromkeys(str(row.get("baseline")) for row in rows)
+    several = len(against) > 1
     found = []
     for where in dict.fromkeys([*files.sets, *(str(row.get("set")) for row in rows)]):
         lines = []
         for row in rows:
             if str(row.get("set")) != where:
                 continue
-            metric = str(row.get("metric"))
             marks = [text for key, text in (("primary", "decides"), ("circle", "circle")) if row.get(key) is True]
-            lines.append(
-                [
-                    files.title(str(row.get("arm"))),
-                    metric + (f" ({', '.join(marks)})" if marks else ""),
-                    files.title(str(row.get("baseline"))),
-                    interval_text(row.get("difference")),
-                    interval_text(row["ratio"]) if row.get("ratio") else "not stated: the arm's distance may be 0",
-                    str(row.get("verdict") or ""),
-                ]
-            )
+            line = [
+                files.title(str(row.get("arm"))),
+                str(row.get("metric")) + (f" ({', '.join(marks)})" if marks else ""),
+            ]
+            line += [files.title(str(row.get("baseline")))] if several else []
+            line += [
+                interval_text(row.get("difference")),
+                interval_text(row["ratio"]) if row.get("ratio") else "not stated",
+            ]
+            lines.append([*line, str(row.get("verdict") or "")])
         if lines:
-            columns = ["arm", "metric", "against", "difference", "ratio", "verdict"]
+            columns = ["arm", "metric", *(["against"] if several else []), "difference", "ratio", "verdict"]
             found.append({"title": files.set_title(where), "columns": columns, "caption": "", "rows": lines})
-    return {"tables": found, "circle": any(row.get("circle") is True for row in rows)}
+    return {"tables": found, "against": "" if several else "".join(map(files.title, against))}
 
 
 def baseline(files: StudyFiles) -> dict[str, Any]:
@@ -291,20 +294,17 @@ def measured(files: StudyFiles) -> dict[str, Any]:
         split = str(part.get("split") or "–")
         sets.append([files.set_title(where), split, *("–" if n is None else number(n) for n in counts), prompts])
     columns = ["prompt set", "split", "captions", "content groups", "sha256 of the prompts"]
-    known = [(row, dict(flat(mapping(row.get("protocol"))))) for row in files.rows]
-    named: dict[str, Mapping[str, Any]] = {}
-    for row, protocol in known:
-        if protocol:
-            named.setdefault(str(row.get("metric")), protocol | {"n": row.get("n"), "groups": row.get("groups")})
-    keys = list(dict.fromkeys(key for protocol in named.values() for key in protocol))
-    same = (
-        [key for key in keys if len({str(protocol.get(key)) for protocol in named.values()}) == 1]
-        if len(named) > 1
-        else []
-    )
-    shared = [(key, text) for key in same if (text := _brief(next(iter(named.values())).get(key)))]
+    values: dict[str, dict[str, dict[str, None]]] = {}
+    for row in files.rows:
+        protocol = dict(flat(mapping(row.get("protocol"))))
+        for key, value in protocol.items():
+            values.setdefault(str(row.get("metric")), {}).setdefault(key, {})[_brief(value)] = None
+    keys = list(dict.fromkeys(key for found in values.values() for key in found))
+    told = {metric: {key: _joined(found.get(key, {})) for key in keys} for metric, found in values.items()}
+    same = [key for key in keys if len({one[key] for one in told.values()}) == 1] if len(told) > 1 else []
+    shared = [(key, text) for key in same if (text := next(iter(told.values()))[key]) != "–"]
     rest = [key for key in keys if key not in same]
-    lines = [[metric, *(_brief(protocol.get(key)) or "–" for key in rest)] for metric, protocol in named.items()]
+    lines = [[metric, *(one[key] for key in rest)] for metric, one in told.items()]
     table = {"caption": "", "columns": ["metric", *rest], "rows": lines} if lines else None
     return {
         "sets": {"caption": "", "columns": columns, "rows": sets} if sets else None,
@@ -313,6 +313,12 @@ def measured(files: StudyFiles) -> dict[str, Any]:
         "protocols": table,
         "missing": "" if lines else "no row of table.json has a protocol",
     }
+
+
+def _joined(values: Mapping[str, None]) -> str:
+    """The values of a protocol's key over prompt sets and arms, a few of them."""
+    found = [value for value in values if value]
+    return "–" if not found else ", ".join(found) if len(found) <= 4 else f"{len(found)} values, see table.json"
 
 
 def _brief(value: Any) -> str:
