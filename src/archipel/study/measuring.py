@@ -257,6 +257,10 @@ class Bench:
             yield self._mean(metric, values, self.prompts.group, protocol, share=True)
         yield self._mean("text-video-probe", found.similarity, self.prompts.group, protocol)
 
+    def similarity(self, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """The text-video probe's cosine of each clip with its own caption (N,); None where the probe is withheld."""
+        return None if self._probe is None else self._probe.retrieve(self._join(features)).similarity
+
     def scalar_parts(self, arm: str, seed: int, scalars: Mapping[str, np.ndarray]) -> Iterator[Part]:
         """Means of scalars (N,) of an arm's clips, under the titles that their judges give them."""
         for name, values in scalars.items():

@@ -6,7 +6,8 @@
 Rows of table.json: {"arm", "metric", "value", "low", "high", "n", "groups", "seeds", "protocol", "set", "unit"}. n: clips
 of all seeds together; seeds: how many (0 for real clips and the codec, which no seed changes); bounds that could not be
 computed are null. Two rows may be compared only if their protocols are equal (``evaluation.protocol.require_same``),
-which name the prompt set and the seeds; arms of different seeds are compared over the common ones (``Paired.over``).
+which name the prompt set and the seeds; arms of different seeds are compared over the common ones
+(``study.comparing``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import numpy as np
 from archipel.evaluation.inputs import CODEC, REAL
 from archipel.evaluation.intervals import FEW_GROUPS, Interval
 from archipel.evaluation.measure import clean
-from archipel.evaluation.protocol import require_same
 from archipel.evaluation.verdicts import TOO_FEW
 from archipel.partition.kmeans import one_thread
 from archipel.progress import Progress, StopFlag
@@ -28,7 +28,7 @@ from archipel.study import statistics
 from archipel.study.measuring import Bench, Kind, Part, PromptSet, StudyData
 from archipel.study.statistics import FEW_SEEDS, Estimate
 
-__all__ = ["Paired", "PromptSet", "Scores", "StudyData", "Table", "difference", "ratio", "table"]
+__all__ = ["Paired", "PromptSet", "Scores", "StudyData", "Table", "table"]
 PCA = 32  # as evaluate.pca
 
 
@@ -87,12 +87,13 @@ class Table:
     """All scores of a prompt set by (arm, metric), in the table's order, and what does not fit into rows.
 
     facts: "left_out", "pca", "uncorrected_excess", "probe" (withheld or not, its table of real, static and reversed clips)
-    and "notes" (sentences that belong under the table).
+    and "notes" (sentences that belong under the table). bench: the real side, for measures of single clips.
     """
 
     set: str
     scores: dict[tuple[str, str], Paired]
     facts: dict[str, Any] = field(default_factory=dict)
+    bench: Bench | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -129,7 +130,7 @@ def table(
             scores |= {(one.arm, one.metric): one for one in found}
             bar.advance(note=name)
     bench.facts["notes"] = _notes(prompts, data, bench, scores)
-    return Table(prompts.name, scores, bench.facts)
+    return Table(prompts.name, scores, bench.facts, bench)
 
 
 def _arm(bench: Bench, prompts: PromptSet, data: StudyData, name: str) -> list[Paired]:
@@ -181,43 +182,6 @@ def _interval(estimate: Estimate, kind: Kind, clips: int) -> Interval:
     if kind == "raw" and found.low < 0:  # a Frechet distance is not negative
         return Interval(found.value, 0.0, found.high)
     return found
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def _pair(scores: Scores, metric: str, arm: str, other: str) -> tuple[Estimate, Estimate] | None:
-    """Estimates of two arms over their common seeds, or None where one is missing or no seed is common.
-
-    Raises ArchipelError for different protocols (``require_same``).
-    """
-    one, two = scores.get((arm, metric)), scores.get((other, metric))
-    if one is None or two is None or one.estimate is None or two.estimate is None:
-        return None
-    if one.seeds and two.seeds and not set(one.seeds) & set(two.seeds):
-        return None
-    a, b = statistics.paired(one.estimate, two.estimate)
-    rows = [{**score.row(), "protocol": {**score.protocol, "seeds": list(a.seeds)}} for score in (one, two)]
-    require_same(*rows)
-    return a, b
-
-
-def difference(scores: Scores, metric: str, arm: str, other: str) -> Interval | None:
-    """arm - other, paired over content groups and common seeds; None where one is missing. Raises as ``_pair``."""
-    found = _pair(scores, metric, arm, other)
-    return None if found is None else statistics.difference(*found)
-
-
-def ratio(scores: Scores, metric: str, arm: str, other: str) -> Interval | None:
-    """arm / other; None also where the lower bound of ``other`` is not above 0. Raises as ``_pair``."""
-    found = _pair(scores, metric, arm, other)
-    return None if found is None else statistics.ratio(*found)
-
-
-def common_seeds(scores: Scores, metric: str, arm: str, other: str) -> tuple[int, ...]:
-    """The seeds that a comparison of two arms rests on."""
-    found = _pair(scores, metric, arm, other)
-    return () if found is None else found[0].seeds
 
 
 # --- notes -----------------------------------------------------------------------------------------------------------
