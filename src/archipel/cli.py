@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archipel import __version__, cli_evaluate, cli_islands
+from archipel import __version__, cli_evaluate, cli_islands, cli_study
 from archipel.edge import flush, message, parse_duration, say, stop_with_parent
 from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
@@ -110,7 +110,7 @@ def partition(run: RunPath, sets: Sets = None) -> None:
 @app.command()
 def train(
     run: RunPath,
-    expert: Annotated[str, typer.Argument(help="An expert's number, monolith or router.", show_default=False)],
+    expert: Annotated[str, typer.Argument(help="An expert's number, monolith, router or trunk.", show_default=False)],
     for_: Annotated[str | None, typer.Option("--for", help="Stop cleanly after this long: 90s, 30m, 2h.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads (default: what the job began with, else all cores).")
@@ -386,6 +386,7 @@ def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not as
 
 cli_evaluate.register(app)
 cli_islands.register(app)
+cli_study.register(app)
 
 
 # --- entry -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from archipel import presets, store
 from archipel.config import RunConfig
 from archipel.errors import ArchipelError, ConfigError
 from archipel.progress import StopFlag, log_to
-from archipel.run import MONOLITH, ROUTER, Run
+from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 
 if TYPE_CHECKING:
     from archipel.evaluation.against import Against
@@ -167,8 +167,8 @@ def train(
     stop: StopFlag | None = None,
     local: Local | None = None,
 ) -> None:
-    """Train one job in this process: an expert's number, ``monolith`` or ``router``. ``local`` says how it is computed here;
-    one of several processes that torchrun started takes its part."""
+    """Train one job in this process: an expert's number, ``monolith``, ``router``, or ``trunk``, whose weights then go into
+    the shards. ``local`` says how it is computed here; one of several processes that torchrun started takes its part."""
     from archipel.training.ranks import launched
 
     run.expert(name)  # names the jobs where there is no such one
@@ -181,6 +181,21 @@ def train(
             from archipel.training.stage import train as stage
 
             stage(run, name, seconds=seconds, threads=threads, stop=stop, local=local)
+    if name == TRUNK and launched()[0] == 0 and run.done(run.expert(TRUNK)):
+        partition(run, stop)
+
+
+def train_trunk(run: Run, stop: StopFlag | None = None, *, threads: int | None = None) -> None:
+    """The shared start of a warm run, in this process: shards without it, its training, then shards that carry it.
+    Does nothing where they do."""
+    from archipel.partition.shards import carries_start
+
+    if carries_start(run):
+        return
+    with _stopping(stop) as flag:
+        partition(run, flag)
+        if not carries_start(run):
+            train(run, TRUNK, threads=threads, stop=flag)
 
 
 def train_all(
@@ -200,6 +215,8 @@ def train_all(
     run.need(run.shard(MONOLITH), "partition")
     if len(_trained(run)) < len(run.job_names):
         with _stopping(stop) as flag:
+            if run.config.expert.warm_start:
+                train_trunk(run, flag, threads=threads)
             if engine is not None:
                 engine.train([name for name in run.job_names if name not in _trained(run)], flag)
             else:
@@ -349,7 +366,7 @@ def status(run: Run) -> dict[str, Any]:
     from archipel.islands.launch.local import steps_of
 
     jobs = []
-    for name in run.job_names:
+    for name in [*run.trunk_names, *run.job_names]:
         done = run.done(run.expert(name))
         row: dict[str, Any] = {
             "name": name,

@@ -12,6 +12,9 @@ from archipel.errors import ArchipelError, MissingStageError
 
 MONOLITH = "monolith"
 ROUTER = "router"
+TRUNK = (
+    "trunk"  # the shared start of a warm run: trained like a job, but at home and before all jobs, never by an island
+)
 DAMAGED = "damaged"  # stands where a version would, for a part that is there and cannot be used
 
 
@@ -63,8 +66,13 @@ class Run:
 
     @property
     def job_names(self) -> list[str]:
-        """Everything that is trained: experts, the monolith, the router."""
+        """Everything that islands can train: experts, the monolith, the router."""
         return [*self.expert_names, MONOLITH, ROUTER]
+
+    @property
+    def trunk_names(self) -> list[str]:
+        """The shared start, where the run has one."""
+        return [TRUNK] if self.config.expert.trunk_steps else []
 
     @property
     def clips(self) -> Path:
@@ -88,14 +96,15 @@ class Run:
         return self.root / "partition"
 
     def shard(self, name: str) -> Path:
-        """What one job trains on: a cluster's shard for an expert, ``all`` for the monolith and the router."""
-        return self.root / "shards" / ("all" if name in (MONOLITH, ROUTER) else name)
+        """What one job trains on: a cluster's shard for an expert, ``all`` for the monolith, the router and the trunk."""
+        return self.root / "shards" / ("all" if name in (MONOLITH, ROUTER, TRUNK) else name)
 
     def expert(self, name: str) -> Path:
-        """Folder of an expert, the monolith or the router. Raises ArchipelError naming the jobs there are."""
-        if name not in self.job_names:
-            raise ArchipelError(f"{name!r} is not a job of this run: it has {', '.join(self.job_names)}")
-        return self.root / ROUTER if name == ROUTER else self.root / "experts" / name
+        """Folder of an expert, the monolith, the router or the trunk. Raises ArchipelError naming the jobs there are."""
+        names = [*self.job_names, *self.trunk_names]
+        if name not in names:
+            raise ArchipelError(f"{name!r} is not a job of this run: it has {', '.join(names)}")
+        return self.root / name if name in (ROUTER, TRUNK) else self.root / "experts" / name
 
     def samples(self, protocol: str) -> Path:
         return self.root / "samples" / protocol

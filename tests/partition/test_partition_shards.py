@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from archipel import store
+from archipel.errors import DamagedError
 from archipel.manifest import read_manifest, rows_of
-from archipel.partition.shards import write_rows, write_shards
+from archipel.partition.shards import INIT, carries_start, write_rows, write_shards
 from archipel.partition.stage import load_assignment, partition
-from archipel.run import Run
+from archipel.run import TRUNK, Run
 
 Make = Callable[..., Any]
 
@@ -109,3 +111,62 @@ def test_a_cluster_may_have_no_validation_clip(tmp_path: Any) -> None:
     loaded = load_file(tmp_path / "x.safetensors")
     assert loaded["a"].shape == (0, 2)
     assert store.map_tensors(tmp_path / "x.safetensors")["a"].shape == (0, 2)
+
+
+def make_trunk(run: Run, weights: float) -> dict[str, Any]:
+    """A trained shared start, and what shards say of it."""
+    folder = run.expert(TRUNK)
+    store.write_tensors(folder / "model.safetensors", {"w": np.full(3, weights, np.float32)})
+    start = {"sha256": store.sha256_file(folder / "model.safetensors"), "flops": 7, "steps": 5}
+    store.write_card(folder, "expert", run.id, ["model.safetensors"], **start, name=TRUNK)
+    return start
+
+
+@pytest.fixture
+def warm(parted: Run) -> Run:
+    """A warm run, partitioned before its trunk was trained."""
+    part = parted.config.expert.model_copy(update={"warm_start": "trunk", "trunk_steps": 5})
+    return Run(parted.root, parted.config.model_copy(update={"expert": part}), parted.id)
+
+
+def test_the_shared_start_goes_into_every_shard_once_it_is_trained(warm: Run) -> None:
+    write_shards(warm)
+    assert not carries_start(warm) and not list(warm.root.rglob(INIT))
+    before = {path: path.stat().st_mtime_ns for path in warm.root.glob("shards/*/*.safetensors")}
+    cards = {name: store.read_card(warm.shard(name)) for name in ("0", "monolith")}
+    start = make_trunk(warm, 1.0)
+    write_shards(warm)
+    assert carries_start(warm)
+    for name in (*warm.expert_names, "monolith"):
+        folder, card = warm.shard(name), store.read_card(warm.shard(name), "shard")
+        assert card is not None and card["init"] == start and store.check_card(folder) == []
+        assert (folder / INIT).read_bytes() == (warm.expert(TRUNK) / "model.safetensors").read_bytes()
+        if name in cards:
+            old = cards[name] or {}
+            assert {key: card[key] for key in old if key not in ("files", "check")} == {
+                key: old[key] for key in old if key not in ("files", "check")
+            }
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # the clips are not written again
+    stamps = {path: path.stat().st_mtime_ns for path in warm.root.glob("shards/*/*")}
+    write_shards(warm)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    again = make_trunk(warm, 2.0)
+    write_shards(warm)
+    assert {(store.read_card(warm.shard(name)) or {})["init"]["sha256"] for name in ("0", "2")} == {again["sha256"]}
+
+
+def test_shards_that_brought_the_start_along_keep_it(warm: Run) -> None:
+    make_trunk(warm, 1.0)
+    write_shards(warm)
+    shutil.rmtree(warm.expert(TRUNK))
+    stamps = {path: path.stat().st_mtime_ns for path in warm.root.glob("shards/*/*")}
+    write_shards(warm)
+    assert carries_start(warm) and {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_damaged_trunk_is_carried_nowhere(warm: Run) -> None:
+    make_trunk(warm, 1.0)
+    path = warm.expert(TRUNK) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DamagedError, match="trunk is not what its card says"):
+        write_shards(warm)

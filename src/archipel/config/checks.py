@@ -81,6 +81,11 @@ def check(config: RunConfig) -> None:
     _check_transformer("router", config.router)
     if config.expert.double_blocks + config.expert.single_blocks < 1:
         raise ConfigError("expert.double_blocks and expert.single_blocks are both 0: at least one block is needed")
+    if config.expert.warm_start == "trunk" and not config.expert.trunk_steps:
+        raise ConfigError(
+            "expert.trunk_steps = 0, but expert.warm_start = 'trunk' starts from that training: give it steps, at least 1, "
+            "such as a tenth of monolith.steps"
+        )
     if clips.source == "shapes":
         check_count(config, clips.count or 240)
     _check_circle(config)

@@ -193,6 +193,17 @@ class Expert(Backbone):
         0.1, ge=0, le=1, description="Share of captions replaced by the null text in training (the router's too)."
     )
     shift: float = Field(1.0, gt=0, description="Training time shift a: t -> a t / (1 + (a - 1) t).")
+    warm_start: Literal["", "trunk"] = _later(
+        "",
+        description="trunk: experts and monolith begin with the weights of a short shared training (`trunk/`), which travel in "
+        "their shards; its FLOPs are counted once in each side's total. The router begins afresh.",
+    )
+    trunk_steps: int = _later(
+        0,
+        ge=0,
+        description="Steps of the shared training on all clips, with the monolith's batch and rate and a schedule of its own "
+        "(0: there is none).",
+    )
 
 
 class Monolith(Section):

@@ -107,7 +107,8 @@ class Archipelago:
         seeds: one per prompt, or one number s for s, s + 1, ... (default 0). A clip's noise (and its draws) are
         functions of its seed only, so they do not depend on its batch mates; the rest of the arithmetic may differ in
         the last bits between batch sizes. Same prompts, seeds, batch, build and threads: same bytes.
-        clusters: for ``oracle`` (and a monolith that is told the cluster), each clip's cluster. batch: clips at a time. on_step(i, n, x, t): see samplers.
+        clusters: for ``oracle`` (and a monolith that is told the cluster), each clip's cluster. batch: clips at a time.
+        on_step(i, n, x, t): see samplers.
         Any non-empty set of experts will do: shares of missing ones go to the others, ``warnings`` say which.
         Raises ArchipelError naming what cannot be used, MissingStageError naming what has to be trained first.
         """

@@ -330,6 +330,9 @@ def _check_clips(card: Card, held: Held, job: Job) -> None:
                 "config",
                 f"{CARD}: {split}_clips is {getattr(card, f'{split}_clips')}, the shard has {counts.get(split)}",
             )
+    begun = None if card.warm_start is None else card.warm_start.model_dump()
+    if begun is not None and begun != held.card.get("init"):
+        raise Refusal("config", f"{CARD}: warm_start is not the start that the job's shard carries")
     prior = held.card.get("prior", [])
     if job.name == ROUTER and not (
         len(prior) == job.config.partition.k and all(isinstance(p, float) and 0 < p <= 1 for p in prior)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from archipel import FORMAT, store
 from archipel.config import RunConfig
 from archipel.islands import keys
-from archipel.islands.network import wanted_config, wanted_facts, wanted_work
+from archipel.islands.network import wanted_config, wanted_facts, wanted_start, wanted_work
 from archipel.islands.strict import Refusal, shown
 
 MODEL, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.jsonl", keys.CARD
@@ -58,6 +58,14 @@ class _Best(_Part):
     loss: Number
 
 
+class _Start(_Part):
+    """The shared start of a warm run: the trunk's weights, and what they cost."""
+
+    sha256: Hash
+    flops: Annotated[int, Field(ge=0)]
+    steps: Whole
+
+
 class Card(_Part):
     """``card.json`` of a trained job. ``build``, ``builds``, ``touched`` and ``island`` are a record and free in form."""
 
@@ -86,6 +94,7 @@ class Card(_Part):
     builds: Annotated[list[Free], Field(min_length=1, max_length=100_000)]
     bitwise: bool
     touched: Free
+    warm_start: _Start | None = None
     island: Free | None = None
     files: dict[str, _File]
     check: Hash | None = None
@@ -143,6 +152,11 @@ def parse_card(value: Any, config: RunConfig, run_id: str, name: str) -> Card:
             raise Refusal("config", f"{where}: {key} is {shown(getattr(card, key))}, run.toml makes it {want!r}")
     if not _same(card.network, wanted_facts(config, name)):
         raise Refusal("config", f"{where}: network is {shown(card.network)}, run.toml makes another")
+    started = None if card.warm_start is None else (card.warm_start.steps, card.warm_start.flops)
+    if started != wanted_start(config, name):
+        raise Refusal(
+            "config", f"{where}: warm_start is {shown(started)}, run.toml makes it {wanted_start(config, name)}"
+        )
     if card.sha256 != card.files[MODEL].sha256:
         raise Refusal("checksum", f"{where}: sha256 and files.{MODEL}.sha256 differ")
     if abs(card.epochs - card.samples / card.train_clips) > 1e-3:

@@ -19,6 +19,7 @@ from archipel.islands.bucket import Bucket, File, checkpoints
 from archipel.islands.claims import Claim, State
 from archipel.islands.launch.local import steps_of
 from archipel.islands.strict import Refusal, check_finite, parse_json, read_header, shown
+from archipel.partition.shards import INIT
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
 
@@ -94,9 +95,10 @@ def fetch_shard(bucket: Bucket, run: Run, name: str, stop: StopFlag) -> None:
     """Bring what is not here, or not as published; the card last, since a shard with a card is whole."""
     folder = run.shard(name)
     wanted = {key.rpartition("/")[2]: (key, file) for key, file in bucket.shard(name).items()}
-    if set(wanted) != _SHARD_FILES:
+    files = _SHARD_FILES | ({INIT} if run.config.expert.warm_start else set())
+    if set(wanted) != files:
         raise DamagedError(f"{keys.PUBLISHED} in {bucket.url}: a shard of {', '.join(sorted(wanted))} is none")
-    missing = [file for file in sorted(_SHARD_FILES) if not _is(folder / file, wanted[file][1])]
+    missing = [file for file in sorted(files) if not _is(folder / file, wanted[file][1])]
     if not missing:
         return
     (folder / keys.CARD).unlink(missing_ok=True)

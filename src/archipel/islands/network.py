@@ -11,7 +11,7 @@ from typing import Any
 
 from archipel.backbones import flops
 from archipel.config import Backbone, RunConfig
-from archipel.run import MONOLITH, ROUTER
+from archipel.run import MONOLITH, ROUTER, TRUNK
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,6 +65,14 @@ def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
         "flops": flops.training_flops(forward, steps, batch),
         "parameters": sum(math.prod(shape) for shape in wanted_tensors(config, name).values()),
     }
+
+
+def wanted_start(config: RunConfig, name: str) -> tuple[int, int] | None:
+    """Steps and FLOPs of the shared start that a job's card names; None where it has none."""
+    if config.expert.warm_start != TRUNK or name == ROUTER:
+        return None
+    steps = config.expert.trunk_steps
+    return steps, flops.training_flops(flops.expert_forward_flops(config), steps, config.monolith.batch)
 
 
 def wanted_tensors(config: RunConfig, name: str) -> Shapes:

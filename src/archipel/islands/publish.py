@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from archipel import FORMAT, store
-from archipel.errors import ArchipelError, DamagedError
+from archipel.errors import ArchipelError, DamagedError, MissingStageError
 from archipel.islands import keys
 from archipel.islands.objects import Objects, encode
 from archipel.islands.urls import check_url, local_root
+from archipel.partition.shards import carries_start
 from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, Run
 
@@ -31,8 +32,12 @@ class Published:
 def to_send(run: Run) -> tuple[dict[str, Path], dict[str, Any]]:
     """Key -> file, and key -> {"sha256", "bytes"}, of all that islands (and whoever generates) need, every folder held to its card first.
 
-    Raises MissingStageError before *partition*, DamagedError naming a damaged file.
+    Raises MissingStageError before *partition* (or before the shared start of a warm run), DamagedError naming a damaged file.
     """
+    if run.config.expert.warm_start and run.done(run.shard(MONOLITH)) and not carries_start(run):
+        raise MissingStageError(
+            f"the shards of {run.root} do not carry the shared start yet: run `archipel train {run.root} trunk` first"
+        )
     folders = {"codec": run.codec}
     folders |= {keys.shard(name): run.shard(name) for name in run.expert_names}
     folders[keys.shard("all")] = run.shard(MONOLITH)

@@ -1,12 +1,14 @@
 """Shards: what a job trains on and nothing more. One folder per cluster, and ``all`` for the monolith and the router.
 
 A shard is a copy, not a set of links into the cache: it can be carried to an island and read without the rest of the
-run. Test clips are in no shard.
+run. Test clips are in no shard. In a run with a shared start (``expert.warm_start``) a shard also carries the weights that
+its job begins with, ``init.safetensors``, once they are there.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from archipel.errors import DamagedError
 from archipel.manifest import Clip, Split, read_manifest, rows_of
 from archipel.partition.assignment import load_assignment
 from archipel.progress import Progress, StopFlag, log_to
-from archipel.run import MONOLITH, Run
+from archipel.run import MONOLITH, TRUNK, Run
 
 SHARD_SPLITS: tuple[Split, ...] = ("train", "validation")
+INIT = "init.safetensors"
 _ROWS = 256  # rows held in memory at a time
 _CODES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
 
@@ -32,6 +35,9 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
     Tensors of ``train.safetensors`` and ``validation.safetensors`` (N may be 0 in the latter): latents f32
     (N, C, T, H, W), tokens f32 (N, L, D), mask bool (N, L), pooled f32 (N, P), cluster i64 (N,), row i64 (N,), the
     clip's row in the manifest. Raises MissingStageError where the partition or a cache entry is missing.
+
+    Where the run has a shared start that is trained, its weights go into each shard, and what the card says of them as
+    "init": {"sha256", "flops", "steps"}.
     """
     run.need(run.partition, "partition")
     clips, cluster = read_manifest(run.manifest), load_assignment(run)
@@ -42,24 +48,39 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
                 f"{entry.folder} has {entry.rows} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
             )
     names = [*run.expert_names, MONOLITH]
-    source = source_of(run, latents, text)
-    missing = [name for name in names if not _current(run, name, source)]
+    source, start = source_of(run, latents, text), _start(run)
+    missing = [name for name in names if not _current(run, name, source, start)]
     if not missing:
         return
     with log_to(run.log("partition")), Progress("partition: shards", len(missing)) as bar:
         for name in missing:
             if stop:
                 raise stop.error("partition")
-            _write_shard(run, name, clips, cluster, latents, text, source)
+            _write_shard(run, name, clips, cluster, latents, text, source, start)
             bar.advance()
 
 
-def _current(run: Run, name: str, source: dict[str, str]) -> bool:
-    """Whether a shard is committed by this run, cut from this very partition and cache, and whole."""
+def _current(run: Run, name: str, source: dict[str, str], start: Mapping[str, Any] | None) -> bool:
+    """Whether a shard is committed by this run, cut from this very partition and cache, and whole; with the shared start,
+    where that is here (a shard that brought it along from elsewhere keeps it)."""
     card = store.read_card(run.shard(name))
     if card is None or card.get("run") != run.id or card.get("source") != source:
         return False
-    return whole(run.shard(name), card)
+    return whole(run.shard(name), card) and (start is None or card.get("init") == start)
+
+
+def _start(run: Run) -> dict[str, Any] | None:
+    """What shards say about the shared start; None where the run has none, or it is not trained here."""
+    if run.config.expert.warm_start != TRUNK or not run.done(run.expert(TRUNK)):
+        return None
+    card = store.read_card(run.expert(TRUNK)) or {}
+    return {key: card[key] for key in ("sha256", "flops", "steps")}
+
+
+def carries_start(run: Run) -> bool:
+    """Whether every shard carries the weights that its job begins with."""
+    cards = [store.read_card(run.shard(name)) or {} for name in (*run.expert_names, MONOLITH)]
+    return all(INIT in card.get("files", {}) for card in cards)
 
 
 def source_of(run: Run, latents: Entry, text: Entry) -> dict[str, str]:
@@ -78,9 +99,17 @@ def whole(folder: Path, card: Mapping[str, Any]) -> bool:
 
 
 def _write_shard(
-    run: Run, name: str, clips: Sequence[Clip], cluster: np.ndarray, latents: Entry, text: Entry, source: dict[str, str]
+    run: Run,
+    name: str,
+    clips: Sequence[Clip],
+    cluster: np.ndarray,
+    latents: Entry,
+    text: Entry,
+    source: dict[str, str],
+    start: dict[str, Any] | None,
 ) -> None:
     folder, k = run.shard(name), run.config.partition.k
+    there = _current(run, name, source, None)  # but for the shared start
     (folder / "card.json").unlink(missing_ok=True)  # until it is written again the folder claims nothing
     counts = {}
     tensors: dict[str, Any] = {
@@ -92,6 +121,8 @@ def _write_shard(
         if name != MONOLITH:
             rows = rows[cluster[rows] == int(name)]
         counts[split] = len(rows)
+        if there:
+            continue
         # Further windows of a clip are for training only: validation is one number per clip, whatever they are.
         more = {"phases": latents["phases"]} if split == "train" and "phases" in latents.names else {}
         write_rows(folder / f"{split}.safetensors", tensors | more, rows, {"cluster": cluster[rows], "row": rows})
@@ -99,11 +130,19 @@ def _write_shard(
     fields: dict[str, Any] = (
         {"prior": (np.bincount(train, minlength=k) / max(len(train), 1)).tolist()} if name == MONOLITH else {}
     )
+    files = [f"{split}.safetensors" for split in SHARD_SPLITS]
+    (folder / INIT).unlink(missing_ok=True)
+    if start is not None:
+        with store.aside(folder / INIT) as temporary:
+            shutil.copyfile(run.expert(TRUNK) / "model.safetensors", temporary)
+        if store.sha256_file(folder / INIT) != start["sha256"]:
+            raise DamagedError(f"{run.expert(TRUNK)} is not what its card says: remove it and train the trunk again")
+        files, fields = [*files, INIT], {**fields, "init": start}
     store.write_card(
         folder,
         "shard",
         run.id,
-        [f"{split}.safetensors" for split in SHARD_SPLITS],
+        files,
         cluster=None if name == MONOLITH else int(name),
         clusters=k,
         counts=counts,

@@ -163,7 +163,10 @@ def ledger(reader: Reader) -> dict[str, Any]:
     if not found:
         return {"missing": reader.command("run"), "matched": False, "ratio": None, "rows": []}
     rows, sums = [], dict.fromkeys((key for key, _, _ in _COLUMNS), 0.0)
-    trunk = {"flops": finite(mapping(found.get("trunk")).get("flops")), "updates": mapping(found.get("trunk")).get("steps")}
+    trunk = {
+        "flops": finite(mapping(found.get("trunk")).get("flops")),
+        "updates": mapping(found.get("trunk")).get("steps"),
+    }
     if trunk["flops"]:
         cells = [_show(key, _value(trunk, keys)) for key, _, keys in _COLUMNS]
         rows.append({"name": "shared start (once in each)", "cells": cells, "css": ""})
@@ -246,7 +249,11 @@ def _names(value: Any) -> list[str]:
 def foreign(name: str, touched: Sequence[str]) -> list[str]:
     """What an expert's process touched of other shards, experts or the router: nothing, if it was isolated."""
     own = (f"shards/{name}/", f"experts/{name}/")
-    return [one for one in touched if one.startswith(("shards/", "experts/", "router/", "trunk/")) and not one.startswith(own)]
+    return [
+        one
+        for one in touched
+        if one.startswith(("shards/", "experts/", "router/", "trunk/")) and not one.startswith(own)
+    ]
 
 
 def isolation(reader: Reader) -> dict[str, Any]:

@@ -7,9 +7,10 @@ Rows come from the endless concatenation of epochs; time, text dropout and noise
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,12 @@ class Clips:
 
 @dataclass(frozen=True)
 class Shard:
-    """``train`` (never empty) and ``validation`` (may be)."""
+    """``train`` (never empty) and ``validation`` (may be); ``start``: what its card says of the weights to begin with, where
+    it carries some (see ``training.warm``)."""
 
     train: Clips
     validation: Clips
+    start: Mapping[str, Any] | None = None
 
 
 def open_shard(folder: Path, *, hashed: bool = True) -> Shard:
@@ -112,12 +115,13 @@ def open_shard(folder: Path, *, hashed: bool = True) -> Shard:
     Raises MissingStageError where it is not finished, DamagedError where it is not what its card says, ArchipelError
     where there is nothing to train on.
     """
-    if store.read_card(folder, "shard") is None:
+    card = store.read_card(folder, "shard")
+    if card is None:
         raise MissingStageError(f"{folder} is not finished: run `archipel partition` first")
     problems = store.check_card(folder) if hashed else []
     if problems:
         raise DamagedError(f"{problems[0].path} {problems[0].reason}: run `archipel partition` again to make it anew")
-    shard = Shard(Clips(folder / "train.safetensors"), Clips(folder / "validation.safetensors"))
+    shard = Shard(Clips(folder / "train.safetensors"), Clips(folder / "validation.safetensors"), card.get("init"))
     if not len(shard.train):
         raise ArchipelError(f"{folder} holds no training clips: make a run with a smaller partition.k or more clips")
     return shard

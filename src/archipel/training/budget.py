@@ -35,12 +35,16 @@ def resolve(config: RunConfig) -> RunConfig:
     _check_router(config, per_clip, per_route, experts, routing)
     batch = config.monolith.batch or k * expert.batch
     step = flops.training_flops(flops.monolith_forward_flops(config), 1, batch)
+    trunk = flops.training_flops(per_clip, expert.trunk_steps, batch) if expert.warm_start else 0  # in either side
     steps = config.monolith.steps or max(1, math.floor((experts + routing) / step + 0.5))
     monolith = config.monolith.model_copy(
         update={"steps": steps, "batch": batch, "lr": config.monolith.lr or expert.lr},
     )
     compute = config.compute.model_copy(
-        update={"archipelago_flops": float(experts + routing), "monolith_flops": float(steps * step)},
+        update={
+            "archipelago_flops": float(experts + routing + trunk),
+            "monolith_flops": float(steps * step + trunk),
+        },
     )
     return config.model_copy(update={"monolith": monolith, "compute": compute})
 
@@ -71,14 +75,17 @@ def write_ledger(run: Run) -> dict[str, Any]:
     {"experts": {"0": flops}, "router": flops, "monolith": flops, "ratio": archipelago / monolith, "matched": bool,
     "tolerance", "missing": [jobs without a card], "arms": {name: {...}}, "training": {...}, "sampling": {...},
     "traffic": bytes that islands moved, and that other ways would have (see ``traffic.section``)}. What is
-    missing is null, and then nothing is called matched. Raises nothing for unfinished runs.
+    missing is null, and then nothing is called matched. A warm run has "trunk": {"sha256", "flops", "steps"} of its shared
+    start, whose FLOPs are in the ratio and in both sides of "training", once in each. Raises nothing for unfinished runs.
     """
     cards = {name: store.read_card(run.expert(name)) for name in run.job_names}
     done = {name: card for name, card in cards.items() if card is not None and card.get("run") == run.id}
     spent = {name: int(card["flops"]) for name, card in done.items()}
     missing = [name for name in run.job_names if name not in done]
-    archipelago = sum(spent[name] for name in (*run.expert_names, ROUTER) if name in spent)
-    ratio = archipelago / spent[MONOLITH] if not missing and spent[MONOLITH] else None
+    trunk = next((card["warm_start"] for card in done.values() if card.get("warm_start")), None)
+    shared = int(trunk["flops"]) if trunk else 0
+    archipelago = sum(spent[name] for name in (*run.expert_names, ROUTER) if name in spent) + shared
+    ratio = archipelago / (spent[MONOLITH] + shared) if not missing and spent[MONOLITH] else None
     tolerance = run.config.compute.tolerance
     ledger = {
         "format": FORMAT,
@@ -91,9 +98,10 @@ def write_ledger(run: Run) -> dict[str, Any]:
         "tolerance": tolerance,
         "missing": missing,
         "arms": {name: _arm(card) for name, card in done.items()},
-        "training": _training(run, done),
+        "training": _training(run, done, shared),
         "sampling": _sampling(run.config),
         "traffic": traffic.section(done, run.expert_names, [ROUTER]),
+        **({"trunk": dict(trunk)} if trunk else {}),
     }
     store.write_json(run.ledger, ledger)
     return ledger
@@ -105,13 +113,13 @@ def _arm(card: dict[str, Any]) -> dict[str, Any]:
     return {"updates": card.get("steps"), **{name: card.get(name) for name in names}}
 
 
-def _training(run: Run, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _training(run: Run, done: dict[str, dict[str, Any]], shared: int) -> dict[str, Any]:
     """The two sides of the comparison. Experts train side by side or in turn: seconds are their sum and their longest."""
     jobs = [name for name in (*run.expert_names, ROUTER) if name in done]
     sides = {"archipelago": jobs, "monolith": [MONOLITH] if MONOLITH in done else []}
     return {
         side: {
-            "flops": sum(int(done[name]["flops"]) for name in names),
+            "flops": sum(int(done[name]["flops"]) for name in names) + (shared if names else 0),
             "samples": sum(int(done[name]["samples"]) for name in names if name != ROUTER),
             "router_samples": sum(int(done[name]["samples"]) for name in names if name == ROUTER),
             "updates": max((int(done[name]["steps"]) for name in names if name != ROUTER), default=0),

@@ -31,13 +31,15 @@ _OLDER = {"precision": "float32", "world_size": 1}  # what checkpoints did not s
 
 @dataclass(frozen=True)
 class Plan:
-    """How a job is trained. ``kind`` is its card's; ``forward_flops`` are per clip; ``fields`` go into the card."""
+    """How a job is trained. ``kind`` is its card's; ``forward_flops`` are per clip; ``fields`` go into the card; ``warm``:
+    it begins with the weights that its shard carries, which the card then names."""
 
     kind: str
     settings: Settings
     batch: int
     forward_flops: int
     fields: Mapping[str, Any] = field(default_factory=dict)
+    warm: bool = False
 
 
 Make = Callable[[Shard, str], Objective]
@@ -246,6 +248,7 @@ class _Job:
             builds=builds,
             bitwise=len(builds) == 1,
             touched=self.touched.as_dict(),
+            **({"warm_start": dict(shard.start or {})} if plan.warm else {}),
             **({} if self.facts is None else {"island": dict(self.facts())}),
         )
 

@@ -1,4 +1,4 @@
-"""Train an expert or the monolith: the same network, loss and loop; the monolith is an expert whose cluster is all."""
+"""Train an expert, the monolith or the trunk: the same network, loss and loop, on one cluster's clips or on all."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from archipel.backbones import flops
 from archipel.backbones.flux import build_expert
 from archipel.errors import ArchipelError
 from archipel.progress import StopFlag
-from archipel.run import MONOLITH, ROUTER, Run
+from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 from archipel.training.batches import Shard
 from archipel.training.job import Plan, train_job
 from archipel.training.local import Local
 from archipel.training.loop import Settings
 from archipel.training.objective import FlowObjective
+from archipel.training.warm import load_start, starts_warm
+
+_TRUNK_SEED = 1 << 32  # beyond any run.seed
 
 
 def plan(run: Run, name: str) -> Plan:
-    """How an expert or the monolith of a run is trained."""
+    """How an expert, the monolith or the trunk of a run is trained; the last two with one batch and rate."""
     part, monolith = run.config.expert, run.config.monolith
-    if name == MONOLITH:
+    if name in (MONOLITH, TRUNK):
         if not (monolith.steps and monolith.batch and monolith.lr):
             raise ArchipelError(
                 f"{run.root / 'run.toml'}: monolith.steps, batch and lr are not resolved: `archipel init` does it"
             )
-        settings, batch = Settings.of(part, steps=monolith.steps, lr=monolith.lr), monolith.batch
+        steps, batch = part.trunk_steps if name == TRUNK else monolith.steps, monolith.batch
+        settings = Settings.of(part, steps=steps, lr=monolith.lr)
     else:
         settings, batch = Settings.of(part), part.batch
-    cluster = None if name == MONOLITH else int(name)
+    cluster = int(name) if name.isdigit() else None
     forward = flops.monolith_forward_flops if name == MONOLITH else flops.expert_forward_flops
-    return Plan("expert", settings, batch, forward(run.config), {"cluster": cluster})
+    return Plan("expert", settings, batch, forward(run.config), {"cluster": cluster}, starts_warm(run.config, name))
 
 
 def train(
@@ -46,7 +50,7 @@ def train(
     on_checkpoint: Callable[[Path], None] | None = None,
     facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Train expert ``name`` or the monolith of a run; see ``training.job.train_job`` for stopping and errors.
+    """Train expert ``name``, the monolith or the trunk of a run; see ``training.job.train_job`` for stopping and errors.
 
     Every arm starts from the same weights and, at a step, a clip meets the same noise in every arm.
     Raises ArchipelError naming the jobs there are for a name that is none of them.
@@ -64,10 +68,14 @@ def train(
                 f"{shard.train.path}: latents {shard.train.latent_shape} and text {shard.train.text_shape} are not those "
                 f"of run.toml, {latent} and {text}: run `archipel prepare` and `archipel partition` again"
             )
+        network = build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters)
+        if job.warm:
+            load_start(network, shard)
         return FlowObjective(
-            build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters),
+            network,
             shard,
-            seed=config.run.seed,
+            # What comes after the trunk must not meet its order and noise once more.
+            seed=config.run.seed + (_TRUNK_SEED if name == TRUNK else 0),
             batch=job.batch,
             shift=config.expert.shift,
             text_dropout=config.expert.text_dropout,

@@ -21,7 +21,7 @@ from archipel import store
 from archipel.config import RunConfig
 from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
-from archipel.run import MONOLITH, ROUTER, Run
+from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 
 _POLL = 0.25  # seconds
 
@@ -80,7 +80,8 @@ class HasConfig(Protocol):
 
 def steps_of(run: HasConfig, name: str) -> int:
     config = run.config
-    return {MONOLITH: config.monolith.steps, ROUTER: config.router.steps}.get(name, config.expert.steps)
+    steps = {MONOLITH: config.monolith.steps, ROUTER: config.router.steps, TRUNK: config.expert.trunk_steps}
+    return steps.get(name, config.expert.steps)
 
 
 def in_order(run: Run, names: list[str]) -> list[str]:
@@ -148,7 +149,8 @@ def _unit(run: Run, name: str) -> float:
         return float(flops.monolith_forward_flops(config) * config.monolith.batch)
     if name == ROUTER:
         return float(flops.router_forward_flops(config) * config.router.batch)
-    return float(flops.expert_forward_flops(config) * config.expert.batch)
+    batch = config.monolith.batch if name == TRUNK else config.expert.batch
+    return float(flops.expert_forward_flops(config) * batch)
 
 
 def _note(running: list[_Child]) -> str:
