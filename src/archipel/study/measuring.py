@@ -113,7 +113,10 @@ class Part:
 
 
 class Bench:
-    """The real side of every measure of a prompt set. ``facts`` gathers what does not fit into rows."""
+    """The real side of every measure of a prompt set.
+
+    ``facts`` gathers what does not fit into rows; ``probe`` is the fitted text-video probe, None where it is withheld.
+    """
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class Bench:
         train = None if prompts.split == TRAIN else data.real[copying][data.train]
         self._copying = CopyingSide(*self._reference(copying), prompts.split, train)
         self._probed = tuple(probed)
-        self._probe = self._probe_side()
+        self.probe = self._probe_side()
 
     # --- the real side -----------------------------------------------------------------------------------------------
 
@@ -185,11 +188,11 @@ class Bench:
             self.facts["probe"] = {"withheld": True, "reason": reason, "table": []}
             return None
         pool, own = np.unique(data.text[prompts.rows], axis=0, return_inverse=True)
-        train = self._join({name: table[data.train] for name, table in data.real.items()})
+        train = self.join({name: table[data.train] for name, table in data.real.items()})
         side = ProbeSide(
             train, data.text[data.train], data.groups[data.train], np.ravel(own), np.asarray(pool), self._seed
         )
-        real = side.retrieve(self._join({name: table[prompts.rows] for name, table in data.real.items()}))
+        real = side.retrieve(self.join({name: table[prompts.rows] for name, table in data.real.items()}))
         reason = sides.withheld(real)
         self.facts["probe"] = {
             "withheld": bool(reason),
@@ -209,7 +212,7 @@ class Bench:
         shown = {"real": (real, np.arange(len(group)))}
         for name in (STATIC, REVERSED):
             if name in self.data.changed:
-                shown[name] = (side.retrieve(self._join(self.data.changed[name]), first), first)
+                shown[name] = (side.retrieve(self.join(self.data.changed[name]), first), first)
         return [
             {
                 "clips": name,
@@ -221,7 +224,13 @@ class Bench:
             for name, (found, pick) in shown.items()
         ]
 
-    def _join(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
+    @property
+    def probe(self) -> ProbeSide | None:
+        """The text-video probe; None where it is withheld."""
+        return self.probe
+
+    def join(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The features that the probe reads, side by side: (n, D)."""
         return probe.join([features[name] for name in self._probed])
 
     # --- one arm, one seed -------------------------------------------------------------------------------------------
@@ -248,9 +257,9 @@ class Bench:
         for metric, term in terms.items():
             protocol = self._protocol(f"{metric}: {term.rule}", self._copying_by, reference=len(self.prompts.reference))
             yield self._mean(metric, term.values, term.group, protocol, share=term.share)
-        if self._probe is None:
+        if self.probe is None:
             return
-        found = self._probe.retrieve(self._join(features))
+        found = self.probe.retrieve(self.join(features))
         rule = f"ridge probe to caption embeddings, {found.pool} captions"
         protocol = self._protocol(rule, *self._probed, reference=len(self.data.train))
         for metric, values in (("retrieval@1", found.top1), ("retrieval@5", found.top5)):
@@ -259,7 +268,7 @@ class Bench:
 
     def similarity(self, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """The text-video probe's cosine of each clip with its own caption (N,); None where the probe is withheld."""
-        return None if self._probe is None else self._probe.retrieve(self._join(features)).similarity
+        return None if self.probe is None else self.probe.retrieve(self.join(features)).similarity
 
     def scalar_parts(self, arm: str, seed: int, scalars: Mapping[str, np.ndarray]) -> Iterator[Part]:
         """Means of scalars (N,) of an arm's clips, under the titles that their judges give them."""
