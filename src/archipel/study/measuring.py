@@ -224,11 +224,6 @@ class Bench:
             for name, (found, pick) in shown.items()
         ]
 
-    @property
-    def probe(self) -> ProbeSide | None:
-        """The text-video probe; None where it is withheld."""
-        return self.probe
-
     def join(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
         """The features that the probe reads, side by side: (n, D)."""
         return probe.join([features[name] for name in self._probed])
