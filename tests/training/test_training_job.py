@@ -21,9 +21,9 @@ from archipel import store
 from archipel.backbones.flux import load_denoiser
 from archipel.errors import ArchipelError, LockedError, MissingStageError, Stopped
 from archipel.progress import StopFlag
-from archipel.run import Run
-from archipel.training import checkpoint, isolation
-from archipel.training.stage import train
+from archipel.run import MONOLITH, Run
+from archipel.training import checkpoint, heldout, isolation
+from archipel.training.stage import plan, train
 
 
 class After(StopFlag):
@@ -314,3 +314,24 @@ def test_a_flag_cancelled_from_another_thread_saves_and_tells_the_reason(small_r
     assert not caught.value.interrupted and flag
     found = checkpoint.latest(small_run.expert("0") / "checkpoints", small_run.id)
     assert found is not None and found.step == 5
+
+
+def test_the_average_that_validated_best_is_kept_where_it_is_asked_for(tmp_path: Path, make_run) -> None:
+    over = {
+        "lr": 0.1,
+        "cooldown": 0.0,
+        "validate_every": 4,
+        "checkpoint_every": 12,
+    }  # too fast: the end is not the best
+    last, best = (make_run(tmp_path / keep, expert={**over, "keep": keep}) for keep in ("last", "best"))
+    assert [plan(run, MONOLITH).settings.keep for run in (last, best)] == ["last", "best"]
+    for run in (last, best):
+        train(run, "0", threads=1)
+    kept = card_of(best, "0")
+    assert card_of(last, "0")["best"] is None and kept["best"]["step"] < kept["steps"]
+    losses = [
+        heldout.measure(run.config, run.expert("0"), run.shard("0") / "validation.safetensors").loss
+        for run in (last, best)
+    ]
+    assert losses[1] == pytest.approx(kept["best"]["loss"], rel=1e-5) and losses[1] < losses[0]
+    assert losses[0] == pytest.approx(kept["validation"]["ema"]["loss"], rel=1e-5)  # the same training otherwise

@@ -193,6 +193,10 @@ class Expert(Backbone):
         0.1, ge=0, le=1, description="Share of captions replaced by the null text in training (the router's too)."
     )
     shift: float = Field(1.0, gt=0, description="Training time shift a: t -> a t / (1 + (a - 1) t).")
+    keep: Literal["last", "best"] = _later(
+        "last",
+        description="Weights that an expert and the monolith end with: the last average, or the one that validated best.",
+    )
     warm_start: Literal["", "trunk"] = _later(
         "",
         description="trunk: experts and monolith begin with the weights of a short shared training (`trunk/`), which travel in "

@@ -30,9 +30,9 @@ def plan(run: Run, name: str) -> Plan:
                 f"{run.root / 'run.toml'}: monolith.steps, batch and lr are not resolved: `archipel init` does it"
             )
         steps, batch = part.trunk_steps if name == TRUNK else monolith.steps, monolith.batch
-        settings = Settings.of(part, steps=steps, lr=monolith.lr)
+        settings = Settings.of(part, steps=steps, lr=monolith.lr, keep=part.keep)
     else:
-        settings, batch = Settings.of(part), part.batch
+        settings, batch = Settings.of(part, keep=part.keep), part.batch
     cluster = int(name) if name.isdigit() else None
     forward = flops.monolith_forward_flops if name == MONOLITH else flops.expert_forward_flops
     return Plan("expert", settings, batch, forward(run.config), {"cluster": cluster}, starts_warm(run.config, name))
