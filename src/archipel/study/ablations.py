@@ -17,8 +17,7 @@ from archipel.study.costs import costs
 from archipel.study.members import Members
 from archipel.study.plan import MAIN, MIXED, SWEEP, TEST, primary
 from archipel.study.prompts import Prompts
-from archipel.study.sampling import read_kept, sample_path
-from archipel.study.scores import Result
+from archipel.study.results import Result
 
 logger = logging.getLogger("archipel")
 Ablation = dict[str, Any]
@@ -131,7 +130,7 @@ def specialisation(members: Members, result: Result) -> list[Ablation]:
 def _clusters(members: Members, seed: int, prompts: Prompts) -> np.ndarray:
     from archipel.partition.assignment import load_assignment
 
-    return load_assignment(members.of(MAIN, seed))[prompts.rows]
+    return np.asarray(load_assignment(members.of(MAIN, seed))[prompts.rows])
 
 
 def _withheld(name: str, title: str, question: str, result: Result) -> Ablation:
@@ -299,7 +298,7 @@ def predicted(members: Members, result: Result) -> list[Ablation]:
             "centroids", title, question, ["time", *labels.values()], rows,
             f"At t = {noisy['t']:.1f} the own expert's prediction lies nearest to the clip's own centroid in {noisy['own']} of the clips, "
             f"another expert's in {noisy['other']}.",
-            about=f"share of {probing.X0_CLIPS} test clips whose decoded prediction of x0 is nearest to the centroid of the clip's own cluster",
+            about=f"share of {probing.X0_CLIPS} test clips whose decoded prediction of x0 lies nearest to their own cluster's centroid",
             chart=_chart("lines", "t (1 = noise)", "share nearest to the own centroid", chart),
         )
     ]  # fmt: skip
@@ -394,7 +393,7 @@ def partition_seeds(members: Members, result: Result) -> list[Ablation]:
         ablation(
             "partition-seeds", "Seeds of the partition alone", "How much of the spread is the partition's?",
             ["partition", metric], rows,
-            f"Range over {len(partitions)} partitions {short(by_partition)}; over the study's {len(seeds)} seeds of everything {short(by_seed)}.",
+            f"Range over {len(partitions)} partitions {short(by_partition)}; over {len(seeds)} seeds of everything {short(by_seed)}.",
         )
     ]  # fmt: skip
 
@@ -416,7 +415,8 @@ def warm_start(members: Members, result: Result) -> list[Ablation]:
     said = f"Experts less monolith, both warm: {gap}" + (f"; ratio {ratio}" if ratio is not None else "") + "."
     return [
         ablation(
-            "warm", "A short shared warm start", "Does a tenth of the training in common help?", ["arm", metric, "training FLOPs"], rows, said,
+            "warm", "A short shared warm start", "Does a tenth of the training in common help?",
+            ["arm", metric, "training FLOPs"], rows, said,
             about="the shared steps' FLOPs are in each arm's total once, and each arm's own steps are fewer by them",
         )
     ]  # fmt: skip

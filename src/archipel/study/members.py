@@ -13,7 +13,7 @@ from archipel import pipeline, store
 from archipel.cache import open_kind, set_index
 from archipel.errors import ArchipelError
 from archipel.islands.launch.local import Job, cores, launch_jobs
-from archipel.progress import Progress, StopFlag
+from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
 from archipel.study.plan import MAIN, Member, Plan, member_config
 from archipel.training import machine
@@ -82,15 +82,13 @@ def make(members: Members, stop: StopFlag, *, workers: int | None = None, thread
     """Prepare, partition, train and calibrate all members. Raises Stopped with everything kept, and what a stage raises."""
     run = members.run
     pipeline.prepare(run, stop)
-    todo = [(member, one) for member, _, one in members.each() if not _partitioned(one)]
-    if todo:
-        with Progress("study: partitions", len(todo)) as bar:
-            for member, one in todo:
-                if stop:
-                    raise stop.error("the study")
+    for member, _, one in members.each():
+        if not _partitioned(one):
+            if stop:
+                raise stop.error("the study")
+            if one is not run:
                 share(run, one)
-                _quiet_partition(one, stop, member)
-                bar.advance(note=member.name)
+            _partition(one, stop, member)
     gpus = machine.accelerators()
     slots = workers or (gpus or cores())
     launch_jobs(members.jobs(), stop, workers=slots, threads=threads, accelerators=gpus, label="study: train")
@@ -101,7 +99,7 @@ def _partitioned(run: Run) -> bool:
     return run.done(run.partition) and all(run.done(run.shard(name)) for name in (*run.expert_names, MONOLITH))
 
 
-def _quiet_partition(run: Run, stop: StopFlag, member: Member) -> None:
+def _partition(run: Run, stop: StopFlag, member: Member) -> None:
     if "trunk" in member.jobs:
         pipeline.train_trunk(run, stop=stop)
     pipeline.partition(run, stop)
@@ -115,15 +113,11 @@ def _longest_first(names: list[str]) -> list[str]:
 
 def route(members: Members, stop: StopFlag) -> None:
     """Calibrate every member's router on its own validation labels."""
-    todo = [one for member, _, one in members.each() if ROUTER in member.jobs and not _calibrated(one)]
-    if not todo:
-        return
-    with Progress("study: calibrate routers", len(todo)) as bar:
-        for one in todo:
+    for member, _, one in members.each():
+        if ROUTER in member.jobs and not _calibrated(one):
             if stop:
                 raise stop.error("the study")
             pipeline.route(one, stop)
-            bar.advance()
 
 
 def _calibrated(run: Run) -> bool:

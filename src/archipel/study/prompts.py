@@ -94,7 +94,8 @@ def mixed(run: Run, clips: list[Clip]) -> Prompts:
     test = [row for row, clip in enumerate(clips) if clip.split == TEST]
     actions = [(row, found[1]) for row in test if (found := _PERSON.match(clips[row].caption))]
     people = {row for row, _ in actions} | {row for row in test if _PERSON.match(clips[row].caption + " being")}
-    things = [row for row in test if row not in people and len(clips[row].caption.split()) <= 2]
+    plain = [row for row in test if row not in people]
+    things = [row for row in plain if len(clips[row].caption.split()) <= 2] or plain
     pairs: list[tuple[int, str, str]] = []
     others = actions or [(row, "and " + clips[row].caption) for row in things]
     order = [(thing, *other) for thing in things for other in others if cluster[thing] != cluster[other[0]]]

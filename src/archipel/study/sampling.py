@@ -26,6 +26,8 @@ from archipel import cache, store
 from archipel.contracts import Conditioning
 from archipel.ensemble.stage import BATCH
 from archipel.errors import ArchipelError
+from archipel.evaluation import inputs as evaluated
+from archipel.evaluation import probe
 from archipel.evaluation.extractors import Judges
 from archipel.islands.launch.local import cores
 from archipel.manifest import read_manifest
@@ -34,13 +36,14 @@ from archipel.progress import Progress, StopFlag
 from archipel.run import MONOLITH, ROUTER, Run
 from archipel.study.arms import ArmSampler, Batch, arm_of, asks_router
 from archipel.study.members import Members, folder
-from archipel.study.plan import MAIN, SHOWN, Arm
+from archipel.study.plan import MAIN, SHOWN, TEST, Arm
 from archipel.study.prompts import Prompts, there_are
 from archipel.training import machine
 
 CODEC, REAL = "codec", "real"
 CODE = 1  # raised whenever the same inputs give other files
 CLIPS, WEIGHTS = "clips", "weights"
+Show = Callable[[np.ndarray], np.ndarray]
 _SCALAR = "scalar/"
 _FEATURE = "feature/"
 
@@ -104,7 +107,8 @@ def tasks(members: Members, judges: JudgeSpec, arms: Sequence[Arm] | None = None
     for seed in range(plan.seeds):
         for arm in arms if arms is not None else plan.arms:
             for name in arm.sets if seed < arm.seeds else ():
-                prompts.setdefault(name, Prompts.of(run, name))
+                if name not in prompts:
+                    prompts[name] = Prompts.of(run, name)
                 experts = members.of(arm.member, seed)
                 router = members.of(arm.router or (MAIN if arm.how == "cluster" else arm.member), seed)
                 inputs = _inputs(run, arm, seed, prompts[name], experts, router, identity)
@@ -320,21 +324,31 @@ def reference(run: Run, judges: JudgeSpec, stop: StopFlag) -> None:
     pixels = cache.open_kind(run.cache, "pixels")["clips"]
     judge = judges.open(run)
     latents = cache.open_kind(run.cache, "latents").folder.name
-    inputs = store.sha256_json({"code": CODE, "run": run.id, "judges": judge.identity, "latents": latents})
-    for name in (REAL, CODEC):
+    digest = Prompts.of(run, TEST).digest
+    inputs = store.sha256_json(
+        {"code": CODE, "run": run.id, "judges": judge.identity, "latents": latents, "prompts": digest}
+    )
+    used = _used_rows(run)
+    test = np.unique(Prompts.of(run, TEST).rows, return_index=True)
+    first = test[0][np.argsort(test[1])]  # the first caption of every row, in the order of the set
+    wanted: dict[str, tuple[np.ndarray, Show]] = {
+        REAL: (np.arange(len(clips)), np.asarray),
+        CODEC: (used, _through_codec(run)),
+        evaluated.STATIC: (first, probe.static),
+        evaluated.REVERSED: (first, probe.backwards),
+    }
+    for name, (rows, show) in wanted.items():
         path = reference_path(run, name)
         facts = path.with_suffix(".json")
         if path.is_file() and facts.is_file() and store.read_json(facts).get("inputs") == inputs:
             continue
-        rows = np.arange(len(clips)) if name == REAL else _used_rows(run)
-        show: Callable[[np.ndarray], np.ndarray] = np.asarray if name == REAL else _through_codec(run)
         parts = []
         with Progress(f"study: {name} clips", len(rows)) as bar:
             for begin in range(0, len(rows), 2 * BATCH):
                 if stop:
                     raise stop.error("the study")
                 some = rows[begin : begin + 2 * BATCH]
-                parts.append(judge.measure(show(np.array(pixels[some])), [clips[r].caption for r in some]))
+                parts.append(judge.measure(show(np.array(pixels[some])), [clips[row].caption for row in some]))
                 bar.advance(len(some))
         features = {n: np.concatenate([part.features[n] for part in parts]) for n in judge.features}
         scalars = {n: np.concatenate([part.scalars[n] for part in parts]) for n in judge.scalars}
@@ -348,7 +362,7 @@ def _used_rows(run: Run) -> np.ndarray:
     return np.unique(np.concatenate([Prompts.of(run, name).rows for name in there_are(run)]))
 
 
-def _through_codec(run: Run) -> Callable[[np.ndarray], np.ndarray]:
+def _through_codec(run: Run) -> Show:
     from archipel.encoders.codecs import from_uint8, load_codec, to_uint8
 
     codec = load_codec(run.codec)

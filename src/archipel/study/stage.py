@@ -13,13 +13,13 @@ from typing import Any
 from archipel import FORMAT, __version__, store
 from archipel.progress import StopFlag, log_to
 from archipel.run import Run
-from archipel.study import ablations, members, sampling, scores
+from archipel.study import ablations, members, results, sampling
 from archipel.study.costs import costs
 from archipel.study.members import Members, folder
 from archipel.study.page import write_page
-from archipel.study.plan import MIXED, PARTS, TRAIN, VALIDATION, plan
+from archipel.study.plan import MIXED, PARTS, SHOWN, TRAIN, VALIDATION, plan
 from archipel.study.prompts import Prompts
-from archipel.study.sampling import SHOWN, JudgeSpec
+from archipel.study.sampling import JudgeSpec
 
 logger = logging.getLogger("archipel")
 GOAL = {"ratio": 2.0, "low": 1.5}
@@ -64,7 +64,7 @@ def study(
         store.write_json(folder(run) / "plan.json", {"format": FORMAT, "run": run.id, **planned.as_dict()})
         members.make(opened, stop, workers=workers, threads=threads)
         sampling.sample_all(opened, judges, stop, workers=workers)
-        result = scores.score(opened, judges, stop)
+        result = results.score(opened, judges, stop)
         found = ablations.all_of(opened, result, stop)
         about = {
             "format": FORMAT,
@@ -158,14 +158,13 @@ def _pilot(run: Run) -> Any:
 
 
 def _notes(opened: Members) -> list[str]:
-    few = [arm.name for arm in opened.plan.arms if arm.seeds < opened.plan.seeds]
-    said = []
-    if few:
-        said.append(
-            f"ablation arms have {min(arm.seeds for arm in opened.plan.arms)} to {max(arm.seeds for arm in opened.plan.arms if arm.name in few)} "
-            f"seeds, the table's arms {opened.plan.seeds}; pairs are made of the seeds that both have"
-        )
-    return said
+    fewer = sorted({arm.seeds for arm in opened.plan.arms if arm.seeds < opened.plan.seeds})
+    if not fewer:
+        return []
+    return [
+        f"some arms have {' or '.join(map(str, fewer))} seeds, the others {opened.plan.seeds} (column seeds); pairs are made of "
+        "the seeds that both have"
+    ]
 
 
 def limits(opened: Members) -> list[str]:
