@@ -336,9 +336,13 @@ def study(groups: int = 140, ratio: dict[str, float] | None = None) -> dict[str,
     }
 
 
-def write_study(folder: Path, groups: int = 140, ratio: dict[str, float] | None = None) -> Path:
-    """A finished study under ``folder``; returns it."""
+def write_study(
+    folder: Path, groups: int = 140, ratio: dict[str, float] | None = None, shown: tuple[str, ...] = ()
+) -> Path:
+    """A finished study under ``folder``; returns it. ``shown``: arms with kept clips (without it, eight)."""
     value = study(groups, ratio)
+    for part in value["samples"].values():
+        part["arms"] = list(shown) or part["arms"]
     store.write_json(folder / "study.json", value)
     store.write_json(folder / "table.json", rows(groups))
     for where, part in value["samples"].items():

@@ -67,7 +67,7 @@ def category_chart(
     if not drawn:
         return Markup("")
     width, step, gap, top = 640, 18 if len(groups) > 1 else 22, 8, TOP + 14 * bool(marks)
-    name_width = min(300, max(110, 18 + LETTER * max(len(name) for name, _ in drawn)))
+    name_width = min(310, max(110, 18 + LETTER * max(len(name) for name, _ in drawn)))
     height = top + sum(step * len(values) + gap for _, values in drawn) + BOTTOM
     spread = [end for _, values in drawn for _, value in values for end in _ends(value)]
     spread += [value for value, _ in marks if math.isfinite(value)]

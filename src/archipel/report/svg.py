@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 14, 44
 TONES = 8
-LETTER = 6.3  # mean width of a letter in a chart's 12 px type
+LETTER = 7.0  # mean width of a letter in a chart's 12 px type
 
 
 def tone(index: int) -> str:
@@ -323,7 +323,7 @@ def interval_chart(
         return Markup("")
     marks = [mark for mark in marks if math.isfinite(mark[0])]
     step, top = 26, TOP + 14 * bool(marks)
-    name_width = min(300, max(150, 18 + LETTER * max(len(row[0]) for row in rows)))
+    name_width = min(310, max(150, 18 + LETTER * max(len(row[0]) for row in rows)))
     width = max(640, round(name_width + 400))
     height = top + step * len(rows) + BOTTOM
     spread = [value for value, _ in marks]

@@ -125,7 +125,7 @@ def _told(files: StudyFiles, where: str) -> str:
     counts = [f"{clips:.0f} captions"] if clips is not None else []
     counts += [f"{groups:.0f} content groups"] if groups is not None else []
     counts += [f"{len(files.seeds)} seeds"] if files.seeds else []
-    return f"Held against real clips of the {split} split. {', '.join(counts)}. Small: 95 % intervals over seeds and content groups."
+    return f"Held against real clips of the {split} split. {', '.join(counts)}. Intervals at 95 %, over seeds and content groups."
 
 
 def results(files: StudyFiles) -> dict[str, Any]:
