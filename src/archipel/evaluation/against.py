@@ -127,7 +127,7 @@ def items_with_captions(root: Path) -> tuple[list[Item], list[str]]:
 def _read_run(run: Run) -> Inputs:
     """The run's real clips as an evaluation's inputs without arms."""
     split = run.config.evaluate.split
-    run.need(run.cache, "prepare")
+    run.need(run.clips, "prepare")
     clips = read_manifest(run.manifest)
     entry = open_kind(run.cache, "features")
     features = {name: np.asarray(entry[name][:]) for name in EXTRACTORS}
@@ -166,11 +166,24 @@ def _frame(run: Run, data: Inputs, clips: ClipSet, window: Window) -> tuple[Fram
         prompts=f"clips of a folder, {digest}",
         arms={arm: Arm(arm, np.empty(0, np.uint8), clips.features)},
     )
-    unit, plan = sides.half_plan(count, run.config.run.seed)
+    unit, plan = _units(group, count, run.config.run.seed)
     n = min(len(clips), len(data.reference))
     order = np.random.Generator(np.random.PCG64([run.config.run.seed, len(clips)])).permutation(len(clips))
     passes = [np.sort(order[begin : begin + n]) for begin in range(0, len(clips) - n + 1, n)]
     return Frame(inputs, group, reference, count, passes, unit, plan), arm
+
+
+def _units(group: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, distances.HalfPlan | None]:
+    """The Frechet unit of each content group (count,), and halves of the units (None below 4 units).
+
+    Groups of the folder and of the reference are dealt out one after the other, so that every half has its share of both.
+    """
+    own = np.unique(group)
+    rest = np.setdiff1d(np.arange(count), own)
+    most = min(sides.UNITS, len(own))
+    unit = np.empty(count, np.int64)
+    unit[own], unit[rest] = (intervals.pack_units(len(part), most, seed) for part in (own, rest))
+    return unit, distances.HalfPlan.make(most, sides.HALVINGS, seed) if most >= 4 else None
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -301,7 +314,8 @@ def rich_table(done: Against, width: int = 80) -> Table:
 
     cells = {(row["arm"] == REAL, row["metric"]): cell(row) for row in done.rows}
     arm = next(row["arm"] for row in done.rows if row["arm"] != REAL)
-    shown = Table("metric", box=box.SIMPLE_HEAD, caption=escape("\n".join(done.notes[:3])), caption_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, caption=escape("\n".join(done.notes[:3])), caption_justify="left")
+    shown.add_column("metric", no_wrap=True)
     for head in (arm, "real (floor)"):
         shown.add_column(escape(head), justify="right", no_wrap=True, max_width=max(12, width // 2))
     for metric in dict.fromkeys(row["metric"] for row in done.rows):
