@@ -406,7 +406,8 @@ def verify(run: Run) -> tuple[int, list[store.Problem]]:
         except ArchipelError as error:
             problems.append(store.Problem(path, str(error)))
             continue
-        if card is not None and card.get("run") != run.id and "cache" not in path.relative_to(run.root).parts:
+        shared = {"cache", "study"} & set(path.relative_to(run.root).parts)  # of several runs, or of a study's own ones
+        if card is not None and card.get("run") != run.id and not shared:
             problems.append(store.Problem(path, f"was written for another run ({str(card.get('run'))[:12]})"))
     for path in [*sorted(run.root.glob("scores/[!.]*.json")), run.ledger]:  # a dot: left aside by a killed writer
         if path.exists():

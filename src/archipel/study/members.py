@@ -13,8 +13,9 @@ from archipel import pipeline, store
 from archipel.cache import open_kind, set_index
 from archipel.errors import ArchipelError
 from archipel.islands.launch.local import Job, cores, launch_jobs
+from archipel.partition.shards import carries_start
 from archipel.progress import StopFlag
-from archipel.run import MONOLITH, ROUTER, Run
+from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 from archipel.study.plan import MAIN, Member, Plan, member_config
 from archipel.training import machine
 
@@ -83,7 +84,7 @@ def make(members: Members, stop: StopFlag, *, workers: int | None = None, thread
     run = members.run
     pipeline.prepare(run, stop)
     for member, _, one in members.each():
-        if not _partitioned(one):
+        if not _partitioned(one) or (one.config.expert.warm_start and not carries_start(one)):
             if stop:
                 raise stop.error("the study")
             if one is not run:
@@ -100,15 +101,14 @@ def _partitioned(run: Run) -> bool:
 
 
 def _partition(run: Run, stop: StopFlag, member: Member) -> None:
-    if "trunk" in member.jobs:
-        pipeline.train_trunk(run, stop=stop)
-    pipeline.partition(run, stop)
+    if TRUNK in member.jobs:
+        pipeline.train_trunk(run, stop)
+    else:
+        pipeline.partition(run, stop)
 
 
 def _longest_first(names: list[str]) -> list[str]:
-    return sorted(
-        (name for name in names if name != "trunk"), key=lambda name: (name != MONOLITH, name == ROUTER, name)
-    )
+    return sorted((name for name in names if name != TRUNK), key=lambda name: (name != MONOLITH, name == ROUTER, name))
 
 
 def route(members: Members, stop: StopFlag) -> None:

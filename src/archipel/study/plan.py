@@ -13,7 +13,7 @@ from typing import Any, Literal
 from archipel.backbones import flops
 from archipel.config import RunConfig, build, merge, rope_axes_for
 from archipel.errors import ArchipelError
-from archipel.run import MONOLITH, ROUTER
+from archipel.run import MONOLITH, ROUTER, TRUNK
 from archipel.training import budget
 
 MAIN = "main"
@@ -169,7 +169,7 @@ def _table_arms(config: RunConfig, seeds: int) -> list[Arm]:
     add("short", "monolith at 1/K of the compute", "monolith", MONOLITH, "short")
     add("cluster", "cluster-conditioned monolith", "monolith", "cluster", "cluster")
     add("wide-flops", "parameter-matched monolith, equal FLOPs", "monolith", MONOLITH, "wide-flops")
-    add("wide-samples", "parameter-matched monolith, equal samples", "monolith", MONOLITH, "wide-samples", sets=both)
+    add("wide-samples", "parameter-matched monolith, equal samples", "monolith", MONOLITH, "wide-samples")
     if k > 2:
         add("monolith-2x", "monolith with top-2's sampling FLOPs", "monolith", MONOLITH, settings={"steps": 2 * steps})
     add(
@@ -308,7 +308,7 @@ def _warm(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
         "expert.steps": max(1, round(config.expert.steps * left)),
         "monolith.steps": config.monolith.steps - trunk,
     }
-    member = Member("warm", "shared warm start", over, ("trunk", EXPERTS, ROUTER, MONOLITH), seeds)
+    member = Member("warm", "shared warm start", over, (TRUNK, EXPERTS, ROUTER, MONOLITH), seeds)
     arms = [
         Arm("warm", "experts from a shared warm start", "ablation", "warm", config.sample.strategy, seeds),
         Arm("warm-monolith", "monolith from the same warm start", "ablation", "warm", MONOLITH, seeds),
@@ -322,7 +322,8 @@ def _curve(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
     head = expert.width // expert.heads
     points: dict[str, tuple[str, dict[str, Any]]] = {}
     for factor, label in ((0.5, "half"), (2, "double")):
-        heads = max(1, round(expert.heads * factor))
+        # Twice the width is four times the work: half as much again shows the direction.
+        heads = max(1, round(expert.heads * min(factor, 1.5)))
         if heads != expert.heads:
             shape: dict[str, Any] = {"expert.width": heads * head, "expert.heads": heads}
             points[f"width-{heads * head}"] = (
