@@ -181,12 +181,12 @@ def _print_folders(found: dict[str, Any]) -> None:
     heads = {folders.BOTH: "B against A", folders.HALF: f"{half} of B\nagainst {half} of A"}
     heads[folders.FLOOR] = f"floor: {half} of A\nagainst {half} of A"
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("metric", overflow="fold")
+    table.add_column("metric", no_wrap=True)
     for arm in arms:
         table.add_column(heads[arm], justify="right", no_wrap=True)
     cells = {(row["metric"], row["arm"]): cell(row) for row in found["scores"]}
     for metric in dict.fromkeys(row["metric"] for row in found["scores"]):
-        table.add_row(metric.replace("-", "\n", 1), *(cells.get((metric, arm), "") for arm in arms))
+        table.add_row(metric.replace("-", "\n"), *(cells.get((metric, arm), "") for arm in arms))
     Console().print(table)
     for note in found["notes"]:
         say(note)
