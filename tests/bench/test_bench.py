@@ -37,7 +37,8 @@ def check(record: dict[str, Any], name: str, against: set[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "against"),
     [
-        ("frechet", {"scipy.linalg.sqrtm", "torchmetrics"}),
+        ("frechet", {"scipy.linalg.sqrtm", "torchmetrics", "cd-fvd"}),
+        ("intervals", {"features", "features, sqrtm"}),
         ("cache_reading", {"webdataset", "datasets (arrow, numpy format)"}),
         ("top1", {"monolith"}),
         ("training_step", {"a bare loop"}),
@@ -45,6 +46,16 @@ def check(record: dict[str, Any], name: str, against: set[str]) -> None:
 )
 def test_a_quick_benchmark_gives_a_whole_record(name: str, against: set[str]) -> None:
     check(importlib.import_module(f"bench.{name}").run(small=True), name, against)
+
+
+@pytest.mark.slow
+def test_memory_of_moments_is_measured_in_processes_of_their_own() -> None:
+    record = importlib.import_module("bench.moments_memory").run(small=True)
+    check(record, "moments_memory", set())
+    (rows,) = record["tables"].values()
+    assert [row["against"].partition(",")[0] for row in rows] == ["cd-fvd", "cd-fvd"]
+    assert all(row["ours, MiB"] > 0 and row["theirs, MiB"] > 0 for row in rows)
+    assert rows[0]["theirs, MiB"] > rows[1]["theirs, MiB"], "a list of features takes more than none"
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from archipel.errors import ArchipelError
 DIVISOR = "n-1"  # the divisor of covariances, named in the protocol of a score
 DIVISORS = {"n-1": 1, "n": 0}  # "n" is for comparisons with programs that divide by it (cd-fvd, StyleGAN-V)
 
+_COLUMNS = 128
+
 
 # --- moments ---------------------------------------------------------------------------------------------------------
 
@@ -39,14 +41,22 @@ class Moments:
 
     @classmethod
     def stream(cls, batches: Iterable[np.ndarray]) -> Moments:
-        """Moments of batches (n_i, d), holding one batch at a time. Raises ArchipelError where there is none."""
-        whole: Moments | None = None
+        """Moments of batches (n_i, d), holding one batch and one (d, d) at a time.
+
+        Raises ArchipelError where there is none.
+        """
+        n, total, outer = 0, np.empty(0), np.empty((0, 0))
         for batch in batches:
-            part = cls.of(batch)
-            whole = part if whole is None else whole + part
-        if whole is None:
+            rows = np.asarray(batch, np.float64)
+            if not outer.size:
+                total, outer = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
+            n += len(rows)
+            total += rows.sum(0)
+            for begin in range(0, len(outer), _COLUMNS):  # the product itself would be as large as the sum
+                outer[:, begin : begin + _COLUMNS] += rows.T @ rows[:, begin : begin + _COLUMNS]
+        if not outer.size:
             raise ArchipelError("moments of no features at all: at least one batch is needed")
-        return whole
+        return cls(n, total, outer)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer)
