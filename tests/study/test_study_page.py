@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from archipel import store
-from archipel.report import scores
+from archipel.report import scores, svg
 from archipel.report.svg_file import standalone
 from archipel.study import page, page_charts, publish
 from archipel.study.markdown import docs_page, md
-from archipel.study.page_reading import StudyFiles, duration, flat
+from archipel.study.page_reading import StudyFiles, duration, flat, sentence
 from archipel.study.sheets import LARGEST, sheet
 
 _FIXTURE = runpy.run_path(str(Path(__file__).parent / "page_fixture.py"))
@@ -115,7 +115,7 @@ def test_the_main_table_has_every_score_with_its_interval_in_the_papers_order(te
     for row in store.read_json(whole / "table.json"):
         if row["set"] == "test" and row["metric"] == PRIMARY and row["arm"] not in ("k8", "real"):
             assert f"{row['value']:.4f}{row['low']:.4f} to {row['high']:.4f}" in seen, row["arm"]
-    for column in ("parameters", "training FLOPs", "samples", "updates", "sampling FLOPs per clip"):
+    for column in ("seeds", "parameters", "training FLOPs", "samples", "updates", "sampling FLOPs per clip"):
         assert column in seen
     assert "1.004 × baseline" in seen and "64,000" in seen
     assert re.search(rf'<th scope="col" title="{PRIMARY}" class="begins primary">', table)
@@ -337,6 +337,20 @@ def test_an_arm_without_clips_is_named(light: Path) -> None:
     assert "kept clips of Archipelago, top-2, Monolith." in seen
 
 
+def test_clips_of_a_study_whose_seeds_begin_later_are_found(light: Path) -> None:
+    (light / "samples" / "test" / "s0").rename(light / "samples" / "test" / "s7")
+    assert StudyFiles(light).first_seed("test") == "7" and StudyFiles(light).first_seed("../..") == "0"
+    assert page.gather(StudyFiles(light), "test")[2] == []
+
+
+def test_validation_clips_choose_and_are_no_result(light: Path) -> None:
+    rows = [row | {"set": "validation"} for row in store.read_json(light / "table.json") if row["set"] == "test"]
+    store.write_json(light / "table.json", store.read_json(light / "table.json") + rows)
+    found = page.context(StudyFiles(light))
+    assert [table["set"] for table in found["results"]["tables"]] == ["test", "train"]
+    assert len(found["forests"]["charts"]) == 2 and len(found["measured"]["sets"]["rows"]) == 3
+
+
 @pytest.mark.parametrize("arm", ["../../../secret", "..", "a/b", "", "a\0b"])
 def test_names_of_a_strangers_file_do_not_leave_the_folder(light: Path, arm: str) -> None:
     store.write_tensors(light.parent / "secret.safetensors", {"clips": np.zeros((1, 2, 8, 8, 3), np.uint8)})
@@ -365,6 +379,7 @@ def test_decimals_fit_the_interval() -> None:
     assert (
         scores.interval_text({"value": 1.5, "low": None, "high": None}) == "1.5" and scores.interval_text(None) == "–"
     )
+    assert scores.cell({"value": -0.04, "low": -0.8, "high": 1.2}) == {"value": "0.0", "interval": "−0.8 to 1.2"}
     assert scores.cell({"value": 0.0004, "low": 0.0003, "high": 0.0005}, 3) == {
         "value": "0.00040",
         "interval": "0.00030 to 0.00050",
@@ -385,7 +400,14 @@ def test_charts_of_ablations_hold_their_values() -> None:
     assert page_charts.ablation_chart({"kind": "intervals", "series": []}) == ""
 
 
+def test_ticks_of_a_narrow_axis_are_told_apart() -> None:
+    text = str(svg.line_chart([svg.Series("a", [0, 1], [0.69271, 0.69287])], "a", "x", "y"))
+    labels = re.findall(r'text-anchor="end">(0\.69\d*)<', text)
+    assert len(labels) >= 3 and len(set(labels)) == len(labels)
+
+
 def test_small_helpers() -> None:
+    assert sentence("one fixed expert") == "One fixed expert." and sentence("") == "" and sentence("Why?") == "Why?"
     assert [duration(s) for s in (3, 120, 7200)] == ["3 s", "2.0 min", "2.0 h"]
     assert list(flat({"a": {"b_c": 1, "d": [1, "x"]}, "e": None})) == [("a b c", 1), ("a d", "1, x")]
 

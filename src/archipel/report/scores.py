@@ -102,7 +102,8 @@ def cell(row: Any, digits: int | None = None) -> dict[str, str] | None:
         places = digits
     if places is None:
         return {"value": number(value), "interval": f"{number(low, 2)} to {number(high, 2)}"}
-    shown = [f"{part:,.{places}f}".replace("-", "−") for part in (value, low, high)]
+    # Rounded first, so that nothing is shown as a negative 0.
+    shown = [f"{round(part, places) + 0.0:,.{places}f}".replace("-", "−") for part in (value, low, high)]
     return {"value": shown[0], "interval": f"{shown[1]} to {shown[2]}"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -172,12 +173,20 @@ def legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
     return Markup(f'<ul class="legend">{items}</ul>')
 
 
+def _digits(ticks: Sequence[float]) -> int:
+    """Significant digits that tell neighbouring ticks apart: 3, more where the axis shows a narrow range."""
+    step = min((abs(b - a) for a, b in pairwise(ticks)), default=0.0)
+    largest = max(map(abs, ticks), default=0.0)
+    return 3 if step <= 0 else min(6, max(3, math.floor(math.log10(largest / step)) + 2))
+
+
 def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float, height: float) -> list[str]:
     body = []
-    for tick in y_axis.ticks():
-        y = y_axis(tick)
+    ticks = y_axis.ticks()
+    for tick in ticks:
+        y, text = y_axis(tick), number(tick, _digits(ticks))
         body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
-        body.append(text_at(LEFT - 7, y + 4, number(tick), "tick", "end"))
+        body.append(text_at(LEFT - 7, y + 4, text, "tick", "end"))
     ticks = x_axis.ticks()
     while len(ticks) > 2 and sum(LETTER * len(number(tick)) + 16 for tick in ticks) > width - RIGHT - LEFT:
         ticks = ticks[:: 3 if x_axis.log and len(ticks) > 3 else 2]

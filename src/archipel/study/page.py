@@ -15,7 +15,7 @@ from archipel.report.reading import finite, mapping
 from archipel.report.samples import grid
 from archipel.study import page_charts, page_tables
 from archipel.study.page_headline import headline
-from archipel.study.page_reading import StudyFiles, entries, words
+from archipel.study.page_reading import StudyFiles, entries, sentence, words
 
 logger = logging.getLogger("archipel")
 HERE = Path(__file__).parent
@@ -59,15 +59,10 @@ def render_study(folder: Path) -> str:
     return fill(HERE, stylesheet(HERE / "page.css"), context(StudyFiles(folder)), SECTIONS)
 
 
-def _first_seed(part: Mapping[str, Any], seeds: list[str]) -> str:
-    told = words(part.get("seed"))
-    return told[0] if told else seeds[0] if seeds else "0"
-
-
 def gather(files: StudyFiles, where: str) -> tuple[list[Mapping[str, Any]], dict[str, np.ndarray], list[str]]:
     """(captions, clips uint8 (M, F, H, W, 3) by arm, arms without clips) of one prompt set, real clips first."""
     part = mapping(mapping(files.study.get("samples")).get(where))
-    seed = _first_seed(part, files.seeds)
+    seed = files.first_seed(where)
     arms = sorted(dict.fromkeys(words(part.get("arms", []))), key=lambda arm: arm != "real")
     clips, absent = {}, []
     for arm in arms:
@@ -87,9 +82,10 @@ def samples(files: StudyFiles) -> dict[str, Any]:
     for where in dict.fromkeys([*files.sets, *map(str, mapping(files.study.get("samples")))]):
         prompts, clips, absent = gather(files, where)
         part = mapping(mapping(files.study.get("samples")).get(where))
+        if not part:
+            continue
         if not clips or not prompts:
-            if part:
-                found.append({"title": files.set_title(where), "rows": [], "absent": [], "rule": "", "columns": []})
+            found.append({"title": files.set_title(where), "rows": [], "absent": [], "rule": "", "columns": []})
             continue
         names = {arm: files.title(arm) for arm in clips}
         rows = grid(clips, list(clips), prompts, names, fps, ROWS, BUDGET)
@@ -117,9 +113,12 @@ def ablations(files: StudyFiles) -> list[dict[str, Any]]:
 
 def limits(files: StudyFiles) -> dict[str, Any]:
     """Context: notes and limits of this study, and those that every study has."""
+    crossed = mapping(files.study.get("extractors"))
     return {
-        "notes": words(files.study.get("notes", [])),
-        "limits": [*words(files.study.get("limits", [])), *STANDING_LIMITS],
+        "notes": list(
+            dict.fromkeys(map(sentence, [*words(crossed.get("sentence", [])), *words(files.study.get("notes", []))]))
+        ),
+        "limits": [*map(sentence, words(files.study.get("limits", []))), *STANDING_LIMITS],
     }
 
 
@@ -157,7 +156,6 @@ def context(files: StudyFiles) -> dict[str, Any]:
         "name": files.name,
         "page_title": f"{files.name} · Archipel study",
         "metric": files.metric,
-        "set_titles": {where: files.set_title(where) for where in files.sets},
         "seed_count": len(files.seeds),
         "run_id": str(files.study.get("run") or "unknown"),
         "commit": str(files.study.get("commit") or ""),

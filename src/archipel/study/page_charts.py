@@ -10,7 +10,7 @@ from archipel.report.reading import finite, mapping
 from archipel.report.rows import Group, category_chart, paired_chart
 from archipel.report.scores import direction, interval_text
 from archipel.report.svg import Series, interval_chart, line_chart, number, tone
-from archipel.study.page_reading import StudyFiles, ends, entries
+from archipel.study.page_reading import StudyFiles, capital, ends, entries, sentence
 from archipel.study.page_tables import short_name
 
 ACROSS = {"width": "width", "flops": "FLOPs"}
@@ -23,12 +23,12 @@ def _lower(metric: str) -> str:
 
 def ratios(files: StudyFiles) -> Any:
     """The primary arm against the chosen baseline, in every metric and prompt set that has a ratio; '' where none has."""
-    rows = []
+    rows, decides = [], files.compared()
     for row in entries(files.study.get("comparisons")):
         value, low, high = ends(row.get("ratio"))
         if row.get("arm") != files.arm or row.get("baseline") != files.baseline or value is None:
             continue
-        first = row.get("primary") is True
+        first = row is decides
         circle = " (circle)" if row.get("circle") is True else ""
         tone = "arch" if first else "t7" if circle else "other"
         rows.append((f"{row.get('set')}: {row.get('metric')}{circle}", value, low, high, tone, not first))
@@ -179,10 +179,10 @@ def ablation(part: Mapping[str, Any]) -> dict[str, Any]:
     drawn = part.get("chart")
     return {
         "name": str(part.get("name") or ""),
-        "title": str(part.get("title") or part.get("name") or "Ablation"),
+        "title": capital(str(part.get("title") or part.get("name") or "Ablation")),
         "question": str(part.get("question") or ""),
-        "about": str(part.get("about") or ""),
+        "about": sentence(str(part.get("about") or "")),
         "table": {"caption": "", "columns": columns, "rows": rows} if rows else None,
         "svg": ablation_chart(mapping(drawn)) if drawn else "",
-        "verdict": str(part.get("verdict") or ""),
+        "verdict": sentence(str(part.get("verdict") or "")),
     }

@@ -10,8 +10,9 @@ import numpy as np
 
 from archipel import store
 from archipel.errors import ArchipelError
-from archipel.report.reading import finite, mapping
+from archipel.report.reading import ARM_LABELS, finite, mapping
 
+CHOOSING = "validation"
 FEW = 100  # content groups under which no conclusion is drawn
 FAMILIES = (
     ("real", "References"),
@@ -35,6 +36,17 @@ def words(value: Any) -> list[str]:
     return [str(one) for one in found if isinstance(one, (str, int, float)) and str(one)]
 
 
+def capital(text: str) -> str:
+    """``text`` with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def sentence(text: str) -> str:
+    """``text`` as a sentence: a capital at its beginning and a stop at its end."""
+    text = capital(text.strip())
+    return text if not text or text[-1] in ".!?:…" else text + "."
+
+
 class StudyFiles:
     """study.json, table.json and kept clips of one study folder. ``problems`` names what could not be read."""
 
@@ -51,10 +63,10 @@ class StudyFiles:
         self._by = {(str(r.get("set", "test")), str(r.get("arm")), str(r.get("metric"))): r for r in self.rows}
         self.arms = self._arms()
         self._named = {str(one["name"]): one for one in self.arms}
-        known = dict.fromkeys(mapping(self.study.get("sets")))
-        self.sets = list(known | dict.fromkeys(where for where, _, _ in self._by))
-        if "test" in self.sets:
-            self.sets.sort(key=lambda where: where != "test")
+        scored = dict.fromkeys(where for where, _, _ in self._by)
+        self.named = list(dict.fromkeys(mapping(self.study.get("sets"))) | scored)
+        # Prompt sets with scores, test captions first; validation clips, which only choose, are not results.
+        self.sets = sorted((w for w in scored if w != CHOOSING), key=lambda where: where != "test")
 
     def _json(self, name: str, kind: type) -> Any:
         path = self.folder / name
@@ -99,7 +111,7 @@ class StudyFiles:
 
     def title(self, arm: str) -> str:
         """The name that people read."""
-        return str(self._named.get(arm, {}).get("title") or arm)
+        return capital(str(self._named.get(arm, {}).get("title") or ARM_LABELS.get(arm, arm)))
 
     def about(self, arm: str) -> str:
         return str(self._named.get(arm, {}).get("about") or "")
@@ -124,8 +136,13 @@ class StudyFiles:
         found = list(dict.fromkeys(metric for one, _, metric in self._by if one == where))
         return sorted(found, key=lambda metric: metric != self.metric)
 
+    def unit(self, metric: str) -> str:
+        """The unit of a metric where it has one that says more than its name."""
+        units = {str(row.get("unit") or "") for row in self.rows if row.get("metric") == metric}
+        return next((unit for unit in units if unit not in ("", "score", "cosine")), "")
+
     def set_title(self, where: str) -> str:
-        return str(mapping(mapping(self.study.get("sets")).get(where)).get("title") or where)
+        return capital(str(mapping(mapping(self.study.get("sets")).get(where)).get("title") or where))
 
     def groups(self, where: str) -> float | None:
         """Content groups of a prompt set."""
@@ -163,9 +180,18 @@ class StudyFiles:
         deciding = [row for row in entries(self.study.get("comparisons")) if row.get("primary") is True]
         return next((row for row in deciding if row.get("set") == "test"), deciding[0] if deciding else None)
 
+    def first_seed(self, where: str) -> str:
+        """The seed whose clips are shown: the one named beside them, else the first that there are clips of."""
+        told = words(mapping(mapping(self.study.get("samples")).get(where)).get("seed"))
+        if told:
+            return told[0]
+        folders = self.folder.joinpath("samples", where).glob("s*") if _plain(where) else []
+        kept = sorted(int(one.name[1:]) for one in folders if one.name[1:].isdecimal() and one.is_dir())
+        return str(kept[0]) if kept else "0"
+
     def clips(self, where: str, arm: str, seed: str) -> np.ndarray | None:
         """Kept clips uint8 (M, F, H, W, 3) of one arm, or None where there are none (noted where damaged)."""
-        if any(part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part for part in (where, arm, seed)):
+        if not all(map(_plain, (where, arm, seed))):
             return None
         name = f"samples/{where}/s{seed}/{arm}.safetensors"
         path = self.folder / name
@@ -180,6 +206,11 @@ class StudyFiles:
             self.note(name, ValueError("holds no clips of bytes (N, F, H, W, 3)"))
             return None
         return clips
+
+
+def _plain(name: str) -> bool:
+    """Whether ``name`` is the name of a file or folder and nothing more."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _family(arm: Mapping[str, Any]) -> str:

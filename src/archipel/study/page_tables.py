@@ -9,7 +9,7 @@ from typing import Any
 from archipel.report.reading import finite, mapping
 from archipel.report.scores import CLUSTERS, COPYING, RAW, cell, decimals, direction, family, interval_text
 from archipel.report.svg import number
-from archipel.study.page_reading import FAMILIES, StudyFiles, duration, entries, flat, words
+from archipel.study.page_reading import FAMILIES, StudyFiles, duration, entries, flat, sentence, words
 
 COSTS = (
     ("parameters", "parameters"),
@@ -50,6 +50,7 @@ def _column_groups(files: StudyFiles, metrics: Sequence[str]) -> list[dict[str, 
                     "metric": metric,
                     "better": direction(metric),
                     "primary": metric == files.metric,
+                    "unit": files.unit(metric),
                 }
                 for metric in names
             ],
@@ -68,6 +69,15 @@ def cost_cells(files: StudyFiles, arm: str, keys: Sequence[tuple[str, str]] = CO
             beside = f"{share:.3f} × baseline" if abs(share - 1) < 0.1 else f"{share:.3g} × baseline"
         found.append(None if value is None else {"value": number(value), "interval": beside})
     return found
+
+
+def _seeds(files: StudyFiles, where: str, arm: str) -> dict[str, str] | None:
+    """On how many seeds an arm's values rest; None where no seed changes it."""
+    counts = [
+        finite(row.get("seeds")) for row in files.rows if row.get("arm") == arm and row.get("set", "test") == where
+    ]
+    most = max((count for count in counts if count is not None), default=0)
+    return {"value": f"{most:.0f}", "interval": ""} if most else None
 
 
 def _places(files: StudyFiles, where: str, metric: str) -> int | None:
@@ -101,7 +111,7 @@ def table(
                         "tone": files.tone(arm),
                         "tag": tag,
                         "cells": cells,
-                        "costs": cost_cells(files, arm) if costs else [],
+                        "costs": [_seeds(files, where, arm), *cost_cells(files, arm)] if costs else [],
                     }
                 )
         if lines:
@@ -111,8 +121,8 @@ def table(
         "title": files.set_title(where),
         "groups": groups,
         "columns": [column for group in groups for column in group["columns"]],
-        "costs": [title for _, title in COSTS] if costs else [],
-        "width": 1 + len(ordered) + (len(COSTS) if costs else 0),
+        "costs": ["seeds", *(title for _, title in COSTS)] if costs else [],
+        "width": 1 + len(ordered) + (1 + len(COSTS) if costs else 0),
         "bodies": bodies,
     }
 
@@ -156,14 +166,14 @@ def comparisons(files: StudyFiles) -> dict[str, Any]:
     """Context: every comparison with its difference, ratio and verdict, one table per prompt set."""
     rows = entries(files.study.get("comparisons"))
     against = dict.fromkeys(str(row.get("baseline")) for row in rows)
-    several = len(against) > 1
+    several, decides = len(against) > 1, files.compared()
     found = []
     for where in dict.fromkeys([*files.sets, *(str(row.get("set")) for row in rows)]):
         lines = []
         for row in rows:
             if str(row.get("set")) != where:
                 continue
-            marks = [text for key, text in (("primary", "decides"), ("circle", "circle")) if row.get(key) is True]
+            marks = ["decides"] * (row is decides) + ["circle"] * (row.get("circle") is True)
             line = [
                 files.title(str(row.get("arm"))),
                 str(row.get("metric")) + (f" ({', '.join(marks)})" if marks else ""),
@@ -287,7 +297,7 @@ def ledger(files: StudyFiles) -> dict[str, Any]:
 def measured(files: StudyFiles) -> dict[str, Any]:
     """Context: prompt sets, and for every metric what it was computed with."""
     sets = []
-    for where in files.sets:
+    for where in files.named:
         part = mapping(mapping(files.study.get("sets")).get(where))
         counts = [finite(part.get(key)) for key in ("clips", "groups")]
         prompts = str(part.get("prompts") or "–")[:16]
@@ -308,7 +318,7 @@ def measured(files: StudyFiles) -> dict[str, Any]:
     table = {"caption": "", "columns": ["metric", *rest], "rows": lines} if lines else None
     return {
         "sets": {"caption": "", "columns": columns, "rows": sets} if sets else None,
-        "split_note": str(files.study.get("split_note") or ""),
+        "split_note": sentence(str(files.study.get("split_note") or "")),
         "shared": shared,
         "protocols": table,
         "missing": "" if lines else "no row of table.json has a protocol",
