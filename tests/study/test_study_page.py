@@ -450,7 +450,7 @@ def test_tables_of_the_docs_page_have_as_many_cells_as_columns(light: Path, tmp_
         study["arms"][2]["title"] = "top | 1\n<b>"
 
     text = docs_page(changed(light, change), tmp_path, "page").read_text(encoding="utf-8")
-    assert "top \\| 1 &lt;b&gt;" in text and "<b>" not in text
+    assert "Top \\| 1 &lt;b&gt;" in text and "<b>" not in text
     widths: list[int] = []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):

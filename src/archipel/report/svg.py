@@ -182,9 +182,9 @@ def _digits(ticks: Sequence[float]) -> int:
 
 def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float, height: float) -> list[str]:
     body = []
-    ticks = y_axis.ticks()
-    for tick in ticks:
-        y, text = y_axis(tick), number(tick, _digits(ticks))
+    places = y_axis.ticks()
+    for tick in places:
+        y, text = y_axis(tick), number(tick, _digits(places))
         body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         body.append(text_at(LEFT - 7, y + 4, text, "tick", "end"))
     ticks = x_axis.ticks()
@@ -197,7 +197,10 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, width: float,
     body.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
     body.append(text_at((LEFT + width - RIGHT) / 2, height - 6, x_label, "label", "middle"))
     middle = (TOP + height - BOTTOM) / 2
-    body.append(text_at(13, middle, y_label, "label", "middle", f' transform="rotate(-90 13 {middle:g})"'))
+    if max(len(number(tick, _digits(places))) for tick in places) > 6:  # wide numbers leave no room beside them
+        body.append(text_at(2, 10, y_label, "label"))
+    else:
+        body.append(text_at(13, middle, y_label, "label", "middle", f' transform="rotate(-90 13 {middle:g})"'))
     return body
 
 

@@ -305,7 +305,9 @@ def measured(files: StudyFiles) -> dict[str, Any]:
         sets.append([files.set_title(where), split, *("–" if n is None else number(n) for n in counts), prompts])
     columns = ["prompt set", "split", "captions", "content groups", "sha256 of the prompts"]
     values: dict[str, dict[str, dict[str, None]]] = {}
-    for row in files.rows:
+    # Floors are made from halves of the real clips: a protocol of their own, which table.json has.
+    arms = [row for row in files.rows if row.get("arm") != "real"]
+    for row in arms or files.rows:
         protocol = dict(flat(mapping(row.get("protocol"))))
         for key, value in protocol.items():
             values.setdefault(str(row.get("metric")), {}).setdefault(key, {})[_brief(value)] = None
