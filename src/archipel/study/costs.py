@@ -53,7 +53,8 @@ def sampling(run: Run, router: Run, arm: Arm) -> dict[str, Any]:
     evaluations = steps if part.solver == "euler" else 2 * steps - 1
     guided = float(arm.settings.get("guidance", part.guidance)) not in (0.0, 1.0)
     calls = evaluations * (2 if guided else 1) * experts_called(arm, config.partition.k)
-    per_clip = flops.expert_forward_flops(config)
+    alone = arm.how in (MONOLITH, "cluster")
+    per_clip = flops.monolith_forward_flops(config) if alone else flops.expert_forward_flops(config)
     asked = asks_router(arm)
     branches = 2 if part.composition == "guided-mixture" and guided else 1
     routes = {"steps": evaluations * branches, "half": evaluations / 2 + ROUTE_NOISES, "once": ROUTE_NOISES}.get(

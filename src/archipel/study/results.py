@@ -165,8 +165,10 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
         if name not in tables:
             continue
         scores = tables[name].scores
-        compared += comparing.comparisons(scores, arm, chosen["chosen"], primary=metric, circles=circles)
         copying[name] = comparing.copying(scores, arm, chosen["chosen"])
+        # Training captions cannot say whether clips are copies: test captions speak for them as well.
+        copied = copying.get(TEST, copying[name])["grew"]
+        compared += comparing.comparisons(scores, arm, chosen["chosen"], primary=metric, circles=circles, copied=copied)
         points = comparing.per_seed(scores, metric, arm, chosen["chosen"])
         paired.append({"set": name, "metric": metric, "arm": arm, "baseline": chosen["chosen"], "points": points})
     headline = [one["verdict"] for one in compared if one["primary"] and one["set"] == TEST]

@@ -29,6 +29,7 @@ from archipel.errors import ArchipelError
 from archipel.evaluation import inputs as evaluated
 from archipel.evaluation import probe
 from archipel.evaluation.extractors import Judges
+from archipel.evaluation.extractors.specs import DEFAULT
 from archipel.islands.launch.local import cores
 from archipel.manifest import read_manifest
 from archipel.partition.assignment import load_assignment
@@ -50,13 +51,14 @@ _FEATURE = "feature/"
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """What ``Judges.open`` is told, as it can be handed to another process."""
+    """Judges beside the packaged ones, as ``Judges.open`` is told them and as they can be sent to another process."""
 
     specs: tuple[str, ...] = ()
     allow_torchscript: bool = False
 
     def open(self, run: Run) -> Judges:
-        return Judges.open(self.specs, run.config.evaluate, allow_torchscript=self.allow_torchscript)
+        wanted = (*DEFAULT, *self.specs)
+        return Judges.open(wanted, run.config.evaluate, allow_torchscript=self.allow_torchscript)
 
 
 @dataclass(frozen=True)
