@@ -11,7 +11,7 @@ from PIL import Image
 
 from archipel.data import decode
 from archipel.data.base import Rejected, Window
-from archipel.data.decode import decode_clip, motion_of, to_square
+from archipel.data.decode import decode_clip, motion_of, to_square, video_length
 from archipel.data.sniff import check_whole, kind_of
 
 
@@ -250,3 +250,15 @@ def test_motion_is_the_mean_absolute_difference_of_neighbours() -> None:
 def test_times_are_exact() -> None:
     assert window(4, 30.0, 0.1).times() == [Fraction(1, 10) + Fraction(i, 30) for i in range(4)]
     assert Window(2, 29.97, 0.0, 8, "pad", (0, 0, 0)).times()[1] == Fraction(100, 2997)
+
+
+@pytest.mark.parametrize("container", ["mp4", "webm"])
+def test_the_length_of_a_video_is_known_without_decoding(make_video: Callable[..., bytes], container: str) -> None:
+    length = video_length(make_video(12, rate=8, container=container))
+    assert length is not None and float(length) == pytest.approx(1.5, abs=0.002)
+
+
+def test_loops_have_no_length_and_other_bytes_are_refused(make_loop: Callable[..., bytes]) -> None:
+    assert video_length(make_loop()) is None
+    with pytest.raises(Rejected, match="not a clip"):
+        video_length(b"<html>")
