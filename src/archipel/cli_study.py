@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,13 @@ def study(
         int | None, typer.Option(min=1, help="Jobs side by side (default: one per core or GPU).")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per job (default: cores over jobs).")] = None,
+    trial: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trial",
+            help="A pilot instead of the study: NAME:KEY=VALUE,KEY=VALUE, scored on validation captions. May be repeated.",
+        ),
+    ] = None,
     for_: Annotated[str | None, typer.Option("--for", help="Stop cleanly after this long: 30m, 2h.")] = None,
 ) -> None:
     """Train and score all arms of one question: archipelago, monoliths, controls, bounds. Start it again to continue."""
@@ -53,8 +60,16 @@ def study(
     seconds = None if for_ is None else parse_duration(for_)
     chosen = tuple(part for words in only for part in words.split(",")) if only else PARTS
     judges = JudgeSpec(tuple(judge or ()), allow_torchscript)
+    where: dict[str, Any] = {"judges": judges, "workers": workers, "threads": threads}
     with StopFlag(seconds) as stop:
-        done = stage(opened, seeds=seeds, parts=chosen, judges=judges, stop=stop, workers=workers, threads=threads)
+        if trial:
+            from archipel.study import pilot
+
+            rows = pilot.pilot(opened, pilot.parse(trial), seeds=seeds, stop=stop, **where)
+            for line in pilot.summary(rows):
+                say(line)
+            return
+        done = stage(opened, seeds=seeds, parts=chosen, stop=stop, **where)
     for line in done.said:
         say(line)
     print(done.page, file=sys.stdout)

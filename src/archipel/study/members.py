@@ -132,21 +132,25 @@ def _calibrated(run: Run) -> bool:
 def share(run: Run, member: Run) -> None:
     """Give a member the clips, codec and cache of the run by hard links (copies where the disk has none).
 
-    Only what is equal is shared: a member whose clips, codec or text settings differ prepares its own.
+    A member with a codec of its own (a pilot's trial) makes its own latents. Raises ArchipelError where clips or captions
+    differ: members are compared on the same ones.
     """
     one, two = run.config, member.config
-    alike = one.clips.model_copy(update={"seed": 0}) == two.clips.model_copy(update={"seed": 0})
-    if not alike or (one.codec, one.text) != (two.codec, two.text):
+    if one.clips.model_copy(update={"seed": 0}) != two.clips.model_copy(update={"seed": 0}) or one.text != two.text:
         raise ArchipelError(
-            f"{member.root}: a study's members share clips, codec and captions with {run.root}, and theirs differ"
+            f"{member.root}: a study's members share clips and captions with {run.root}, and theirs differ"
         )
-    index = {kind: open_kind(run.cache, kind).folder.name for kind in _KINDS}
+    same = one.codec == two.codec
+    kinds = [kind for kind in _KINDS if same or kind != "latents"]
+    index = {kind: open_kind(run.cache, kind).folder.name for kind in kinds}
     for name in index.values():
         _link(run.cache / name, member.cache / name)
     set_index(member.cache, index)
     for source, target in ((run.codec, member.codec), (run.clips, member.clips)):
-        if not member.done(target):
+        if not member.done(target) and (same or source != run.codec):
             _adopt(source, target, member)
+    if not same:
+        pipeline.prepare(member)
 
 
 def _link(source: Path, target: Path) -> None:

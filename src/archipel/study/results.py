@@ -145,11 +145,10 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
     Raises Stopped between arms.
     """
     run = members.run
-    clips = read_manifest(run.manifest)
     sets = {name: Prompts.of(run, name) for name in there_are(run)}
     if any(MIXED in arm.sets for arm in members.plan.arms):
         sets[MIXED] = Prompts.of(run, MIXED)
-    tables = {name: _table(members, judges, sets[name], clips, stop) for name in sets if name != MIXED}
+    tables = {name: table_of(members, judges, sets[name], stop) for name in sets if name != MIXED}
     crossed = crossing(run.config)
     metric = run.config.evaluate.primary
     arm = members.plan.primary
@@ -181,8 +180,10 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
     return Result(members, tables, sets, rows, extra, list(dict.fromkeys(notes)), [*headline, chosen["verdict"]])
 
 
-def _table(members: Members, judges: JudgeSpec, prompts: Prompts, clips: list[Clip], stop: StopFlag) -> Table:
+def table_of(members: Members, judges: JudgeSpec, prompts: Prompts, stop: StopFlag) -> Table:
+    """One prompt set scored."""
     run = members.run
+    clips = read_manifest(run.manifest)
     seed = data_seed(run)
     judge = judges.open(run)
     chosen = PromptSet.of(prompts.name, prompts.split, prompts.rows, clips, prompts.digest, seed)

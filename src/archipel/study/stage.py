@@ -95,6 +95,7 @@ def _about(opened: Members, sets: Mapping[str, Prompts]) -> dict[str, Any]:
         "seeds": [run.config.run.seed + seed for seed in range(planned.seeds)],
         "primary": {"arm": planned.primary, "metric": run.config.evaluate.primary},
         "goal": GOAL,
+        "fps": run.config.clips.fps,
         "split_note": "all seeds share clips, split, codec and captions; they differ in partition, initialisation, order and noise",
         "sets": {
             name: {
