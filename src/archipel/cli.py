@@ -74,7 +74,7 @@ def _resolve(source: str | None, preset: str, data: str, sets: list[str] | None)
 def init(
     run: RunPath,
     source: Annotated[str | None, typer.Option(help="fluent-emoji, shapes, folder, webdataset or huggingface.")] = None,
-    preset: Annotated[str, typer.Option(help="tiny, demo, long or gpu: a scale of work.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, demo, long, study or gpu: a scale of work.")] = "",
     data: Annotated[str, typer.Option(help="Folder, tar pattern or data set of the source.")] = "",
     sets: Sets = None,
 ) -> None:

@@ -59,6 +59,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "router": {"steps": 600, "batch": 48},
         "evaluate": {"count": 224, "frames": 8},
     },
+    # Small experts that are soon at their capacity, for `archipel study`: five seeds of every arm in a night at most on two
+    # cores. Chosen on validation captions of other splits (docs/results has the trials).
+    "study": {
+        "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001, "phases": 8},
+        "partition": {"k": 4, "features": "text", "balanced": True},
+        "expert": {
+            "width": 48,
+            "heads": 2,
+            "double_blocks": 1,
+            "single_blocks": 1,
+            "prediction": "x0",
+            "steps": 1500,
+            "batch": 8,
+            "lr": 3e-3,
+            "validate_every": 250,
+            "checkpoint_every": 750,
+        },
+        "router": {
+            "width": 16,
+            "heads": 1,
+            "blocks": 1,
+            "steps": 400,
+            "batch": 32,
+            "validate_every": 50,
+            "checkpoint_every": 200,
+        },
+        "evaluate": {"count": 112},
+    },
     # Minutes on one GPU, all four packages at 64x64 and 16 frames.
     "gpu": {
         "clips": {

@@ -359,6 +359,15 @@ def reference(run: Run, judges: JudgeSpec, stop: StopFlag) -> None:
         keep(path, features, scalars, shown, None, {"inputs": inputs, "arm": name})
 
 
+def show_real(run: Run, prompts: Prompts) -> None:
+    """The real clips of a set's first captions, beside the arms' own."""
+    path = sample_path(run, prompts.name, 0, REAL)
+    if not path.is_file():
+        pixels = cache.open_kind(run.cache, "pixels")["clips"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_tensors(path, {CLIPS: np.ascontiguousarray(pixels[prompts.rows[:SHOWN]])})
+
+
 def _used_rows(run: Run) -> np.ndarray:
     """Rows of the captions of all prompt sets."""
     return np.unique(np.concatenate([Prompts.of(run, name).rows for name in there_are(run)]))

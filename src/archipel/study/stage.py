@@ -139,6 +139,7 @@ def _samples(opened: Members) -> dict[str, Any]:
     clips = {name: Prompts.of(run, name) for name in ("test", TRAIN)}
     found = {}
     for name, prompts in clips.items():
+        sampling.show_real(run, prompts)
         arms = [arm.name for arm in planned.arms if arm.name in shown and name in arm.sets]
         order = sorted(arms, key=shown.index)
         found[name] = {
