@@ -164,6 +164,16 @@ def test_claims_follow_both_intervals(light: Path, ratio: Any, difference: Any, 
     assert reached == (ratio is not None and ratio[0] == 2.2)
 
 
+def test_a_goal_that_does_not_count_is_not_called_reached(light: Path) -> None:
+    def change(study: dict[str, Any]) -> None:
+        row = next(one for one in study["comparisons"] if one["primary"])
+        row["ratio"] = {"value": 2.2, "low": 1.7, "high": 2.7}
+        row["reached"] = False  # copying grew
+        study["copying"]["test"] = {"grew": True, "verdict": "it copies more"}
+
+    assert "is reached in numbers and does not count" in page.render_study(changed(light, change))
+
+
 def test_few_clips_carry_no_conclusion(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", groups=40, shown=("real",))
     assert headline(folder).endswith("too few clips to conclude")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from archipel import config, presets
+from archipel import config, presets, store
 from archipel.errors import ArchipelError, ConfigError
 from archipel.run import Run
-from archipel.study.pilot import BASE, parse, summary, trial_plan
-from archipel.study.plan import VALIDATION, member_config
+from archipel.study.pilot import BASE, _log, parse, summary, trial_plan
+from archipel.study.plan import VALIDATION, Plan, member_config
 from archipel.training import budget
 
 
@@ -46,6 +46,31 @@ def test_a_rate_is_tried_by_both_sides_and_flops_stay_matched(run: Run) -> None:
     assert longer.compute.monolith_flops == pytest.approx(longer.compute.archipelago_flops, rel=0.02)
     assert small.compute.monolith_flops == pytest.approx(longer.compute.monolith_flops, rel=0.02)
     assert small.monolith.batch == longer.expert.batch
+
+
+def test_the_small_batch_has_a_rate_of_its_own_to_try(run: Run) -> None:
+    planned = trial_plan(run, parse(["small:study.small_batch_lr=0.005"]), 1)
+    rates = {name: member_config(run.config, planned.member(name), 0).monolith.lr for name in planned_names(planned)}
+    assert rates.pop("trial-small-small-batch") == 0.005
+    assert set(rates.values()) == {run.config.monolith.lr}
+
+
+def planned_names(planned: Plan) -> list[str]:
+    return [member.name for member in planned.members]
+
+
+def test_trials_of_earlier_calls_stay_in_the_log(run: Run) -> None:
+    def rows(trial: str, value: float) -> list[dict[str, object]]:
+        return [{"trial": trial, "arm": arm, "seed": 0, "value": value} for arm in ("top1", "monolith")]
+
+    _log(run, rows(BASE, 1.0) + rows("fast", 2.0), ("top1", "monolith"))
+    path = run.root / "study" / "pilot.json"
+    store.write_json(path, {**store.read_json(path), "chosen": {"expert.lr": 0.01}})
+    _log(run, rows(BASE, 1.5) + rows("slow", 3.0), ("top1", "monolith"))
+    found = store.read_json(path)
+    values = {(row["trial"], row["arm"]): row["value"] for row in found["trials"]}
+    assert len(found["trials"]) == 6 and values[BASE, "top1"] == 1.5 and values["fast", "monolith"] == 2.0
+    assert found["chosen"] == {"expert.lr": 0.01} and found["about"].startswith("3 trials")
 
 
 def test_a_trial_of_a_key_that_is_not_there_is_refused() -> None:

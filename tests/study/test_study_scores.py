@@ -299,6 +299,9 @@ def test_a_halved_distance_is_said_in_the_papers_direction(whole: Table) -> None
     assert "a circle" in by["KID-transnet"]["verdict"]
     assert by["flow"]["ratio"] is None and "moves more" in by["flow"]["verdict"] and "px/frame" in by["flow"]["verdict"]
     assert "FD-transnet" not in by  # raw distances in a PCA hide ratios
+    fitted = comparing.comparisons(whole.scores, "top1", "monolith", primary=KID, circles=[comparing.PROBE])
+    probed = next(one for one in fitted if one["metric"] == comparing.PROBE)
+    assert probed["circle"] and "The caption embeddings it is fitted to also made the partition" in probed["verdict"]
     back = comparing.comparisons(whole.scores, "monolith", "top1", primary=KID)[0]
     assert back["ratio"]["value"] == pytest.approx(1 / ratio["value"]) and not back["gain"]
     assert "is not reached" in back["verdict"] and "farther" in back["verdict"]

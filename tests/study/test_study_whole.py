@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.process
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from archipel.config import RunConfig
 from archipel.errors import ArchipelError, Stopped
 from archipel.evaluation.extractors import Judges, Measured
 from archipel.islands.launch.local import Job
+from archipel.partition.assignment import load_assignment
 from archipel.progress import StopFlag
 from archipel.run import Run
-from archipel.study import members, sampling, stage
-from archipel.study.plan import Plan, plan
+from archipel.study import members, results, sampling, stage
+from archipel.study.plan import PARTS, Plan, plan
 from archipel.study.prompts import Prompts
 from archipel.training import budget
 
@@ -192,6 +194,78 @@ def test_mixed_captions_come_from_two_clusters(prepared: Run) -> None:
     for caption, (subject, other) in zip(found.captions, found.parts, strict=True):
         assert caption.startswith(subject) and other.split()[-1] in caption and subject != other
     assert Prompts.of(prepared, "mixed").digest == found.digest
+
+
+def without(run: Run, split: tuple[float, float, float]) -> Run:
+    """The same run, with another split of its clips."""
+    changed = run.config.model_copy(update={"clips": run.config.clips.model_copy(update={"split": split})})
+    return Run.create(run.root.with_name("split"), changed)
+
+
+@pytest.mark.parametrize(("split", "said"), [((0.8, 0.0, 0.2), "validation split"), ((0.8, 0.2, 0.0), "test split")])
+def test_a_split_without_clips_is_told_before_anything_is_trained(
+    prepared: Run, split: tuple[float, float, float], said: str
+) -> None:
+    run = without(prepared, split)
+    with pytest.raises(ArchipelError, match=said):
+        stage.study(run, seeds=1, parts=("table",), workers=1)
+    assert not (run.root / "experts").exists() and not (run.root / "partition").exists()
+
+
+def test_a_router_of_other_clusters_is_refused_before_anything_is_trained(
+    prepared: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(run: Run) -> np.ndarray:
+        found = load_assignment(run)
+        return (found + 1) % 2 if run.root.name.startswith("router-text") else found
+
+    monkeypatch.setattr(members, "load_assignment", elsewhere)
+    with pytest.raises(ArchipelError, match=r"different clusters.*Remove .*router-text-s0"):
+        stage.study(prepared, seeds=1, parts=("table",), workers=1)
+    assert not (prepared.root / "experts").exists()
+
+
+def test_what_is_killed_while_it_is_written_again_is_not_taken_for_made(
+    prepared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, facts = tmp_path / "arm.safetensors", {"inputs": "one"}
+    values = {"a": np.zeros((2, 3))}, {"b": np.zeros(2)}, np.zeros((2, 1, 4, 4, 3), np.uint8), None
+    sampling.keep(path, *values, facts)
+    assert store.read_json(path.with_suffix(".json")) == facts
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sampling.keep(path, *values, {"inputs": "two"})
+    assert not path.with_suffix(".json").exists()
+
+
+def test_workers_that_end_with_a_stopped_study_are_no_lack_of_memory(prepared: Run) -> None:
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_exception(concurrent.futures.process.BrokenProcessPool("gone"))
+    task = sampling.Task("", {"name": "top1"}, 0, "test", "", "", sampling.JudgeSpec(), "", "")
+    stopping = StopFlag()
+    with pytest.raises(ArchipelError, match="memory runs out"):
+        sampling._result(future, task, stopping)
+    stopping.cancel("the test says so")
+    with pytest.raises(Stopped):
+        sampling._result(future, task, stopping)
+
+
+def test_the_command_on_the_page_repeats_the_study(prepared: Run, tmp_path: Path) -> None:
+    judges = sampling.JudgeSpec((f"i3d={tmp_path}/i3d.pt@sha256:{'a' * 64}",), True)
+    assert stage.command(prepared, 3, PARTS, sampling.JudgeSpec()) == "archipel study run --seeds 3"
+    said = stage.command(prepared, 3, ("table", "warm"), judges)
+    assert said == "archipel study run --seeds 3 --only table,warm --judge i3d=i3d.pt --allow-torchscript"
+
+
+def test_intervals_of_ablations_cover_seeds() -> None:
+    draw, groups = np.random.default_rng(1), np.arange(40)
+    values = draw.normal(size=(1, 40)) + np.array([[-1.0], [0.0], [1.0]])  # the same clips, seeds far apart
+    found, alone = results.over_seeds(values, groups), results.over_seeds(values[:1], groups)
+    assert found.high - found.low > 2 * (alone.high - alone.low)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from archipel.evaluation.inputs import EXTRACTORS, NETWORK
-from archipel.evaluation.intervals import Interval, mean_interval, short
+from archipel.evaluation.intervals import FEW_GROUPS, Interval, mean_interval, short
+from archipel.evaluation.verdicts import TOO_FEW
 from archipel.progress import Progress, StopFlag
 from archipel.routing.router import load_router
 from archipel.study import probing
 from archipel.study.costs import costs
 from archipel.study.members import Members
+from archipel.study.page_reading import capital, sentence
 from archipel.study.plan import MAIN, MIXED, SWEEP, TEST, primary
 from archipel.study.prompts import Prompts
-from archipel.study.results import Result
+from archipel.study.results import Result, over_seeds
 
 logger = logging.getLogger("archipel")
 Ablation = dict[str, Any]
@@ -26,7 +28,7 @@ Ablation = dict[str, Any]
 def all_of(members: Members, result: Result, stop: StopFlag) -> list[Ablation]:
     """Every ablation of the plan's parts. Raises Stopped between two of them."""
     parts = members.plan.parts
-    make: list[Callable[[Members, Result], Iterable[Ablation]]] = []
+    make: list[Callable[[Members, Result], Iterable[Ablation]]] = [controls]
     if "ablations" in parts:
         make += [specialisation, schedules, experts_missing, mixed_captions, over_time, expert_agreement, predicted]
     if "experts" in parts:
@@ -40,9 +42,16 @@ def all_of(members: Members, result: Result, stop: StopFlag) -> list[Ablation]:
         for one in make:
             if stop:
                 raise stop.error("the study")
-            found += one(members, result)
+            found += [_cautious(part, result) for part in one(members, result)]
             bar.advance()
     return found
+
+
+def _cautious(one: Ablation, result: Result) -> Ablation:
+    bench = result.tables[TEST].bench
+    if bench is None or bench.prompts.groups >= FEW_GROUPS or not one["rows"]:
+        return one
+    return {**one, "verdict": f"{one['verdict']} {capital(TOO_FEW)}: {bench.prompts.groups} content groups."}
 
 
 def ablation(
@@ -85,6 +94,37 @@ def _of(result: Result, arm: str, metric: str, prompts: str = TEST) -> Interval 
     return result.interval(prompts, arm, metric)
 
 
+# --- against everything else in the table ------------------------------------------------------------------------------
+
+
+def controls(members: Members, result: Result) -> list[Ablation]:
+    """The archipelago less every other arm of the table, in pairs: the headline is its difference to one of them alone."""
+    metric, chosen = _metric(members), primary(members.run.config)
+    rows: list[list[Any]] = []
+    nearer, farther = [], []
+    for arm in members.plan.arms:
+        if arm.name == chosen or arm.family == "ablation" or TEST not in arm.sets:
+            continue
+        gap = result.difference(TEST, chosen, arm.name, metric)
+        if gap is None:
+            continue
+        rows.append([arm.title, gap, result.ratio(TEST, arm.name, chosen, metric)])
+        nearer += [arm.name] if gap.high < 0 else []
+        farther += [arm.name] if gap.low > 0 else []
+    said = [f"nearer to the real clips than {', '.join(nearer)}"] if nearer else []
+    said += [f"farther from them than {', '.join(farther)}"] if farther else []
+    verdict = f"By 95 % intervals, not corrected for {len(rows)} of them, {chosen} is " + (
+        "; ".join(said) + "." if said else "told apart from none of them."
+    )
+    return [
+        ablation(
+            "controls", "The archipelago against every other arm", "Is it the routing, the clusters, the parameters, the steps?",
+            ["arm", f"{metric}: {chosen} less it", f"ratio: it over {chosen}"], rows, verdict,
+            about="paired over captions, noise and common seeds, test captions; below 0 the archipelago is nearer to the real clips",
+        )
+    ]  # fmt: skip
+
+
 # --- who knows what --------------------------------------------------------------------------------------------------
 
 
@@ -107,15 +147,14 @@ def specialisation(members: Members, result: Result) -> list[Ablation]:
             others.append(values[~mine])
             own_groups.append(groups[mine])
             other_groups.append(groups[~mine])
-        ours = mean_interval(np.concatenate(own), np.concatenate(own_groups))
-        theirs = mean_interval(np.concatenate(others), np.concatenate(other_groups))
-        rows.append([f"expert {expert}", ours, theirs, ours.value - theirs.value])
+        ours, theirs = _mean(own, own_groups), _mean(others, other_groups)
+        rows.append([f"expert {expert}", ours, theirs, ours.value - theirs.value if ours and theirs else None])
     for seed in range(seeds):
         table = np.stack([per_clip(f"expert-{expert}", seed) for expert in range(k)])
         mine = _clusters(members, seed, prompts)
         own_score = table[mine, np.arange(len(mine))]
         gaps.append(own_score - (table.sum(0) - own_score) / (k - 1))
-    gap = mean_interval(np.concatenate(gaps), np.tile(groups, seeds))
+    gap = over_seeds(np.stack(gaps), groups)
     said = "experts are better on their own captions" if gap.low > 0 else "no specialisation can be told"
     return [
         ablation(
@@ -125,6 +164,12 @@ def specialisation(members: Members, result: Result) -> list[Ablation]:
             about="cosine of the text-video probe, test captions without guidance changes; the paper reports CLIP 0.2175 against 0.1781",
         )
     ]  # fmt: skip
+
+
+def _mean(values: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Interval | None:
+    """Over content groups alone, for clusters hold other clips for every seed; None where no clip is there."""
+    some = np.concatenate(values)
+    return mean_interval(some, np.concatenate(groups)) if len(some) else None
 
 
 def _clusters(members: Members, seed: int, prompts: Prompts) -> np.ndarray:
@@ -164,7 +209,7 @@ def schedules(members: Members, result: Result) -> list[Ablation]:
     return [
         ablation(
             "schedules", "Forced schedules of two experts", "Does it matter which expert speaks at which noise level?",
-            ["schedule", metric, "text-video probe"], rows, "; ".join(said).capitalize() + ".",
+            ["schedule", metric, "text-video probe"], rows, sentence("; ".join(said)),
             about=f"experts 0 (A) and 1 (B) on all test captions; high noise is t > {0.5}",
         )
     ]  # fmt: skip
@@ -271,7 +316,7 @@ def expert_agreement(members: Members, result: Result) -> list[Ablation]:
         ablation(
             "agreement", "Agreement between experts", "How unlike are the experts, and does the own one predict best?",
             ["time", "cosine between velocities", "error of the own expert", "error of the others", "own one is best"], rows,
-            said.capitalize() + f" (chance of being best is {1 / run.config.partition.k:.0%}).",
+            capital(said) + f" (chance of being best is {1 / run.config.partition.k:.0%}).",
             about="squared velocity error per number on noisy test clips, captions given, no guidance, first seed",
             chart=_chart("lines", "t (1 = noise)", "share or cosine", {
                 "cosine between experts": [(one["t"], one["cosine"]) for one in found],
@@ -312,10 +357,11 @@ def number_of_experts(members: Members, result: Result) -> list[Ablation]:
     metric, own = _metric(members), members.run.config.partition.k
     chosen = primary(members.run.config)
     arms = {k: chosen if k == own else f"k{k}" for k in sorted({*SWEEP, own})}
-    rows: list[list[Any]] = [["monolith (K = 1)", _of(result, "monolith", metric), _cost(members, "monolith")]]
+    found = result.common(TEST, ["monolith", *arms.values()], metric)
+    rows: list[list[Any]] = [["monolith (K = 1)", found.get("monolith"), _cost(members, "monolith")]]
     series = []
     for k, arm in arms.items():
-        value = _of(result, arm, metric)
+        value = found.get(arm)
         rows.append([f"K = {k}", value, _cost(members, arm)])
         if value is not None:
             series.append((float(k), value))
@@ -325,7 +371,8 @@ def number_of_experts(members: Members, result: Result) -> list[Ablation]:
         ablation(
             "experts", "Number of experts", "How many experts at constant total compute?",
             ["experts", metric, "training FLOPs"], rows, said,
-            about="expert batch B/K, equal steps (rounded so that the total stays); the same strategy",
+            about="expert batch B/K, equal steps (rounded so that the total stays); the same strategy; all over the seeds that every K "
+            "has",
             chart=_chart("lines", "experts K", metric, {chosen: series}),
         )
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from archipel.study.scores import Paired, Scores
 from archipel.study.statistics import FEW_SEEDS, Estimate
 
 GOAL, ABOVE = 2.0, 1.5  # the ratio that is aimed at, and what its lower bound must exceed
+PROBE = "text-video-probe"
 NEUTRAL = ("motion", "flow")  # scalars of which more is not better: near the real clips' is
 
 
@@ -109,7 +110,8 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """``arm`` against ``baseline`` by every distance and scalar that both have; the primary metric first.
 
-    primary: the metric that decides, alone. circles: extractors that made the partition (``same_as_partition``). copied:
+    primary: the metric that decides, alone. circles: extractors that made the partition (``same_as_partition``), and
+    metrics that it decides otherwise. copied:
     whether copying grew, where it is judged elsewhere (training captions: by the test captions' ``copying``).
     One entry per metric: {"set", "metric", "extractor", "arm", "baseline", "primary", "circle", "difference" (arm less
     baseline), "ratio" (baseline over arm, null where the arm's lower bound is not above 0), "reached" (the goal), "gain"
@@ -127,7 +129,7 @@ def comparisons(
         distance = _is_distance(one)
         gap = statistics.difference(*pairs)
         quotient = statistics.ratio(pairs[1], own) if distance else None
-        circle = one.protocol["extractor"] in circles
+        circle = one.protocol["extractor"] in circles or metric in circles
         reached = quotient is not None and quotient.value >= goal and quotient.low > above
         said = _distances(metric, arm, baseline, gap, quotient) if distance else _scalars(one, arm, baseline, gap)
         gain = bool(distance and gap.high < 0 and grew is False)
@@ -163,7 +165,7 @@ def _compared(score: Paired) -> bool:
     """Distances but for the raw ones in a PCA (biased: they hide ratios), and scalars of clips."""
     if score.kind == "raw":
         return score.metric.startswith("FVD")
-    return _is_distance(score) or bool(score.unit) or score.metric in ("text-video-probe", *NEUTRAL)
+    return _is_distance(score) or bool(score.unit) or score.metric in (PROBE, *NEUTRAL)
 
 
 def _distances(metric: str, arm: str, baseline: str, gap: Interval, quotient: Interval | None) -> str:
@@ -197,9 +199,8 @@ def _cautions(score: Paired, own: Estimate, nearer: bool, grew: bool | None, cir
     if nearer and grew is None:
         said.append("copying is not judged on these captions")
     if circle:
-        said.append(
-            f"{score.protocol['extractor']} also made the partition: a circle, which does not count as evidence"
-        )
+        what = "the caption embeddings it is fitted to" if score.metric == PROBE else score.protocol["extractor"]
+        said.append(f"{what} also made the partition: a circle, which does not count as evidence")
     if score.kind == "raw":
         said.append("raw distances are biased at this number of clips and hide ratios")
     if score.groups < FEW_GROUPS:

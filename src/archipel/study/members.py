@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from archipel import pipeline, store
 from archipel.cache import open_kind, set_index
 from archipel.errors import ArchipelError
 from archipel.islands.launch.local import Job, cores, launch_jobs
+from archipel.partition.assignment import load_assignment
 from archipel.partition.shards import carries_start
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, TRUNK, Run
-from archipel.study.plan import MAIN, Member, Plan, member_config
+from archipel.study.plan import MAIN, MIXED, TEST, VALIDATION, Member, Plan, member_config
+from archipel.study.prompts import Prompts, there_are
 from archipel.training import machine
 
 _KINDS = ("pixels", "latents", "text", "features")
@@ -83,6 +87,7 @@ def make(members: Members, stop: StopFlag, *, workers: int | None = None, thread
     """Prepare, partition, train and calibrate all members. Raises Stopped with everything kept, and what a stage raises."""
     run = members.run
     pipeline.prepare(run, stop)
+    _check_splits(members)
     for member, _, one in members.each():
         if not _partitioned(one) or (one.config.expert.warm_start and not carries_start(one)):
             if stop:
@@ -90,10 +95,42 @@ def make(members: Members, stop: StopFlag, *, workers: int | None = None, thread
             if one is not run:
                 share(run, one)
             _partition(one, stop, member)
+    _check_clusters(members)
     gpus = machine.accelerators()
     slots = workers or (gpus or cores())
     launch_jobs(members.jobs(), stop, workers=slots, threads=threads, accelerators=gpus, label="study: train")
     route(members, stop)
+
+
+def _check_splits(members: Members) -> None:
+    """Raises ArchipelError, before anything is trained, where a split that arms are scored on holds no clips."""
+    there, wanted = there_are(members.run), {name for arm in members.plan.arms for name in arm.sets}
+    uses = {TEST: "arms are judged on", VALIDATION: "the baseline (and in a pilot every trial) is chosen on"}
+    for name, use in uses.items():
+        if name in wanted and name not in there:
+            raise ArchipelError(
+                f"{members.run.root}: no clip is in the {name} split, which {use}: make a run with more clips, or with a larger "
+                "share in clips.split"
+            )
+
+
+def _check_clusters(members: Members) -> None:
+    """Raises ArchipelError, before anything is trained, where captions cannot be mixed, and where a router would be asked
+    for experts of other clusters than it was trained on (a partition that was made on another machine, say)."""
+    if any(MIXED in arm.sets for arm in members.plan.arms):
+        Prompts.of(members.run, MIXED)
+    asked = {(arm.member, arm.router or MAIN) for arm in members.plan.arms if arm.router or arm.how == "cluster"}
+    for seed in range(members.plan.seeds):
+        for name, router in sorted(asked):
+            if (name, seed) not in members.runs or (router, seed) not in members.runs:
+                continue
+            one, two = members.of(name, seed), members.of(router, seed)
+            if not np.array_equal(load_assignment(one), load_assignment(two)):
+                other = two if one is members.run else one
+                raise ArchipelError(
+                    f"{one.root} and {two.root} have different clusters, although their settings for them are the same: one was "
+                    f"partitioned on another machine or by another version. Remove {other.root} and start again"
+                )
 
 
 def _partitioned(run: Run) -> bool:

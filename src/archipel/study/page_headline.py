@@ -63,6 +63,8 @@ def goal_text(files: StudyFiles, row: Mapping[str, Any]) -> str:
     if value is None:
         return f"The goal, {stated}, cannot be judged: no ratio is stated, since the arm's distance may be 0."
     reached = value >= wanted and (least is None or (low is not None and low > least))
+    if reached and (row.get("reached") is False or files.few(str(row.get("set")))):
+        return f"The goal, {stated}, is reached in numbers and does not count: see what is said against it."
     return f"The goal, {stated}, is {'reached' if reached else 'not reached'}."
 
 

@@ -48,6 +48,7 @@ def trial_plan(run: Run, trials: Mapping[str, Mapping[str, Any]], seeds: int) ->
         # The monoliths' steps follow the FLOPs of what the trial changes.
         again = {} if "monolith.steps" in over else {"monolith.steps": 0}
         rate = {"monolith.lr": over["expert.lr"]} if "expert.lr" in over and "monolith.lr" not in over else {}
+        own_rate = {"monolith.lr": over["study.small_batch_lr"]} if over.get("study.small_batch_lr") else {}
         own = {**again, **over, **rate}
         one, two = f"trial-{name}", f"trial-{name}-{SMALL}"
         batch = own.get("expert.batch", run.config.expert.batch)
@@ -56,7 +57,7 @@ def trial_plan(run: Run, trials: Mapping[str, Mapping[str, Any]], seeds: int) ->
             Member(
                 two,
                 f"{name}, small batch",
-                {**own, **small, **over, **rate, "monolith.batch": batch},
+                {**own, **small, **over, **rate, **own_rate, "monolith.batch": batch},
                 (MONOLITH,),
                 seeds,
             ),
@@ -102,13 +103,20 @@ def pilot(
                 {"trial": arm.title, "arm": side, "overrides": over, "seed": seed, "metric": metric, "value": value}
                 for seed, value in enumerate(values)
             ]
-        about = (
-            f"{len(trials)} trials of {seeds} seeds for each of {planned.primary}, {MONOLITH} and {SMALL}, scored on the "
-            "validation captions only"
-        )
-        path = folder(run) / "pilot.json"
-        store.write_json(path, {"format": FORMAT, "run": run.id, "about": about, "trials": rows, "chosen": {}})
+        _log(run, rows, (planned.primary, MONOLITH, SMALL))
     return rows
+
+
+def _log(run: Run, rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> None:
+    """Put trials into pilot.json beside those of earlier calls, which stay: every trial counts."""
+    path = folder(run) / "pilot.json"
+    before = store.read_json(path) if path.is_file() else {}
+    place = {(row["trial"], row["arm"], row["seed"]): row for row in before.get("trials", [])}
+    place |= {(row["trial"], row["arm"], row["seed"]): row for row in rows}
+    names = dict.fromkeys(row["trial"] for row in place.values())
+    about = f"{len(names)} trials for each of {', '.join(sides)}, scored on the validation captions only"
+    kept = {"trials": list(place.values()), "chosen": before.get("chosen", {})}
+    store.write_json(path, {"format": FORMAT, "run": run.id, "about": about, **kept})
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -106,7 +106,10 @@ def mixed(run: Run, clips: list[Clip]) -> Prompts:
         if len(pairs) == MIXED_COUNT:
             break
     if len(pairs) < 2:
-        raise ArchipelError("the test captions cannot be mixed: they need at least two clusters")
+        raise ArchipelError(
+            "the test captions cannot be mixed: they need things in at least two clusters. Leave the ablations out, with --only "
+            "table and the other parts you want"
+        )
     captions = [f"{clips[row].caption} {words}" for row, words, _ in pairs]
     rows = np.array([row for row, _, _ in pairs], np.int64)
     parts = tuple((clips[row].caption, second) for row, _, second in pairs)

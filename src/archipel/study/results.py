@@ -13,12 +13,12 @@ from archipel import cache, store
 from archipel.config import FEATURE_NETWORK
 from archipel.errors import ArchipelError
 from archipel.evaluation.inputs import REVERSED, STATIC, probe_extractors
-from archipel.evaluation.intervals import Interval, mean_interval
+from archipel.evaluation.intervals import Interval
 from archipel.evaluation.verdicts import crossing
 from archipel.manifest import Clip, read_manifest, rows_of
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, Run
-from archipel.study import comparing, sampling
+from archipel.study import comparing, sampling, statistics
 from archipel.study.members import Members
 from archipel.study.plan import MIXED, TEST, TRAIN, VALIDATION
 from archipel.study.prompts import Prompts, data_seed, there_are
@@ -56,9 +56,8 @@ class MixedScores:
         return self.of(arm)
 
     def gap(self, arm: str, other: str) -> Interval:
-        """Whole caption, arm less other, paired over captions and seeds."""
-        one, two = self.whole(arm), self.whole(other)
-        return mean_interval((one - two).ravel(), np.tile(self.groups, len(one)))
+        """Whole caption, arm less other, paired over captions and seeds; the interval covers content groups and seeds."""
+        return over_seeds(self.whole(arm) - self.whole(other), self.groups)
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,14 @@ class Result:
         """A score, or None where it was not measured."""
         found = self.tables[prompts].scores.get((arm, metric)) if prompts in self.tables else None
         return None if found is None else found.interval
+
+    def common(self, prompts: str, arms: Sequence[str], metric: str) -> dict[str, Interval]:
+        """Scores of several arms over the seeds that all of them have, so that none has more luck than another."""
+        scores = self.tables[prompts].scores if prompts in self.tables else {}
+        found = {arm: scores[arm, metric] for arm in arms if (arm, metric) in scores}
+        seeds = [set(one.seeds) for one in found.values() if one.seeds]
+        shared = tuple(sorted(set.intersection(*seeds))) if seeds else ()
+        return {arm: one.over(shared).interval for arm, one in found.items()} if shared else {}
 
     def difference(self, prompts: str, arm: str, other: str, metric: str) -> Interval | None:
         """arm - other, paired over content groups and the seeds that both have."""
@@ -133,10 +140,16 @@ class Result:
 
         def of(arm: str) -> tuple[Interval, Interval, Interval]:
             values = cosines(arm)
-            one, two, three = (mean_interval(values[:, i].ravel(), np.tile(groups, len(values))) for i in range(3))
+            one, two, three = (over_seeds(values[:, i], groups) for i in range(3))
             return one, two, three
 
         return MixedScores(of, lambda arm: cosines(arm)[:, 0], groups)
+
+
+def over_seeds(values: np.ndarray, groups: np.ndarray) -> Interval:
+    """The mean of values (S, N), clips of S seeds in content groups (N,), with its interval over groups and seeds."""
+    left = np.stack([statistics.leave_out(one, groups) for one in values])
+    return statistics.mean_interval(statistics.Estimate(left, tuple(range(len(values)))))
 
 
 def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
@@ -157,6 +170,8 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
     else:
         chosen = {"chosen": MONOLITH, "set": "", "metric": metric, "candidates": [], "verdict": "no validation clips"}
     circles = comparing.same_as_partition(judges.open(run).features, FEATURE_NETWORK.get(run.config.partition.features))
+    if run.config.partition.features == "text":  # what the probe is fitted to
+        circles.append(comparing.PROBE)
     if run.config.partition.method == "random":
         circles = []
     compared, copying, paired = [], {}, []

@@ -197,7 +197,7 @@ def deal(missing: Sequence[Task], stop: StopFlag, label: str, *, workers: int | 
                 done, _ = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     task = running.pop(future)
-                    _result(future, task)
+                    _result(future, task, stop)
                     bar.advance(note=_note(task))
                 if stop:
                     for future in running:
@@ -205,13 +205,15 @@ def deal(missing: Sequence[Task], stop: StopFlag, label: str, *, workers: int | 
                     raise stop.error("the study")
 
 
-def _result(future: concurrent.futures.Future[None], task: Task) -> None:
+def _result(future: concurrent.futures.Future[None], task: Task, stop: StopFlag) -> None:
     try:
         future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
+        if stop:  # whoever ends a group of processes ends these as well
+            raise stop.error("the study") from error
         raise ArchipelError(
-            f"a process that made clips of {_note(task)} was ended by the system, as it is when memory runs out: "
-            "start the study again with --workers 1"
+            f"a process that made clips of {_note(task)} ended without an answer, as one does when memory runs out: start the "
+            'study again with --workers 1. In a script of your own, call it below `if __name__ == "__main__":`'
         ) from error
 
 
@@ -239,7 +241,9 @@ def _pool(count: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 
 
 def _begin(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):  # the first process is told as well, and lets this one finish its file
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def watch() -> None:
@@ -309,6 +313,7 @@ def keep(
     if weights is not None:
         tensors[WEIGHTS] = weights
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)  # until they are written again the file is nobody's
     store.write_tensors(path, tensors)
     store.write_json(path.with_suffix(".json"), dict(facts))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from archipel import FORMAT, __version__, store
+from archipel.evaluation.extractors.specs import parse
 from archipel.progress import StopFlag, log_to
 from archipel.run import Run
 from archipel.study import ablations, members, results, sampling
@@ -72,6 +73,7 @@ def study(
             "name": run.root.name,
             "version": __version__,
             "commit": commit(),
+            "command": command(run, seeds, planned.parts, judges),
             **_about(opened, result.sets),
             **result.extra,
             "ablations": found,
@@ -184,15 +186,29 @@ def limits(opened: Members) -> list[str]:
 
 
 def commit() -> str:
-    """The commit that this code is of, where it runs from a clone; else ""."""
-    try:
+    """The commit that this code is of, where it runs from a clone ("-dirty" where files differ from it); else "".
+
+    The repository must hold this very file: an environment may lie within a repository of somebody's own.
+    """
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
+            ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=10, check=True
         )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def command(run: Run, seeds: int, parts: Sequence[str], judges: JudgeSpec) -> str:
+    """What to type to repeat the study; only names of the run and of judges' files, since a page is passed on."""
+    said = [f"archipel study {run.root.name} --seeds {seeds}"]
+    said += [f"--only {','.join(parts)}"] if tuple(parts) != PARTS else []
+    said += [f"--judge {spec.name}={Path(spec.where).name}" for spec in map(parse, judges.specs) if spec.where]
+    said += ["--allow-torchscript"] if judges.allow_torchscript else []
+    return " ".join(said)
