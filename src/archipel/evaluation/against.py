@@ -140,7 +140,7 @@ def _read_run(run: Run) -> Inputs:
     none = np.empty(0, np.int64)
     if len(rows_of(clips, split)) < 2:
         raise ArchipelError(f"the {split} split of {run.root} has fewer than 2 clips: there is nothing to compare with")
-    reference = reference_rows(clips, split, none, run.config.run.seed)
+    reference = reference_rows(clips, split, none, run.config.clips_seed)
     train = np.array(rows_of(clips, "train"), np.int64)
     identity = real_identity(run, clips, reference)
     return Inputs(run, split, clips, {}, none, [], "", identity, reference, train, features, text, {}, [])

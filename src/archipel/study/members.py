@@ -15,12 +15,13 @@ from archipel import pipeline, store
 from archipel.cache import open_kind, set_index
 from archipel.errors import ArchipelError
 from archipel.islands.launch.local import Job, cores, launch_jobs
+from archipel.manifest import read_manifest
 from archipel.partition.assignment import load_assignment
 from archipel.partition.shards import carries_start
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 from archipel.study.plan import MAIN, MIXED, TEST, VALIDATION, Member, Plan, member_config
-from archipel.study.prompts import Prompts, there_are
+from archipel.study.prompts import Prompts
 from archipel.training import machine
 
 _KINDS = ("pixels", "latents", "text", "features")
@@ -103,14 +104,16 @@ def make(members: Members, stop: StopFlag, *, workers: int | None = None, thread
 
 
 def _check_splits(members: Members) -> None:
-    """Raises ArchipelError, before anything is trained, where a split that arms are scored on holds no clips."""
-    there, wanted = there_are(members.run), {name for arm in members.plan.arms for name in arm.sets}
+    """Raises ArchipelError, before anything is trained, where a split that arms are scored on cannot be scored."""
+    wanted = {name for arm in members.plan.arms for name in arm.sets}
+    clips = read_manifest(members.run.manifest)
     uses = {TEST: "arms are judged on", VALIDATION: "the baseline (and in a pilot every trial) is chosen on"}
     for name, use in uses.items():
-        if name in wanted and name not in there:
+        groups = {clip.group for clip in clips if clip.split == name}
+        if name in wanted and len(groups) < 2:  # distances are over pairs of different groups
             raise ArchipelError(
-                f"{members.run.root}: no clip is in the {name} split, which {use}: make a run with more clips, or with a larger "
-                "share in clips.split"
+                f"{members.run.root}: the {name} split, which {use}, has {len(groups)} content groups and needs 2 at least: make a "
+                "run with more clips, or with a larger share in clips.split"
             )
 
 
