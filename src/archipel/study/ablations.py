@@ -492,4 +492,4 @@ def curve(members: Members, result: Result) -> dict[str, Any] | None:
                 "metric": metric,
             }
         )
-    return {"x": "training FLOPs per arm", "points": points} if names else None
+    return {"x": "training FLOPs per arm (over the monolith of batch B)", "points": points} if names else None
