@@ -48,6 +48,9 @@ def test_the_matched_monolith_has_all_experts_parameters(small: RunConfig) -> No
     assert flops.expert_parameters(made) == pytest.approx(4 * flops.expert_parameters(small), rel=0.15)
     spent = training_flops(made, [MONOLITH])
     assert spent == pytest.approx(training_flops(small, [MONOLITH]), rel=0.01)
+    little = member_config(small, plan(small, 1).member("wide-flops-small"), 0)
+    assert training_flops(little, [MONOLITH]) == pytest.approx(spent, rel=0.01)
+    assert little.monolith.batch == small.expert.batch and little.monolith.steps > made.monolith.steps
     samples = member_config(small, plan(small, 1).member("wide-samples"), 0)
     assert samples.monolith.steps * samples.monolith.batch == small.monolith.steps * small.monolith.batch
 
@@ -57,9 +60,13 @@ def test_the_matched_monolith_has_all_experts_parameters(small: RunConfig) -> No
     [
         ("small-batch", 1),
         ("short", 1 / 4),
+        ("short-small", 1 / 4),
         ("cluster", 1),
+        ("cluster-small", 1),
         ("width-32", None),
+        ("width-32-small", None),
         ("steps-double", 2),
+        ("steps-double-small", 2),
         ("steps-half", 0.5),
     ],
 )
@@ -78,6 +85,12 @@ def test_other_numbers_of_experts_spend_the_same(small: RunConfig, k: int) -> No
     experts = [str(number) for number in range(k)]
     assert made.partition.k == k
     assert training_flops(made, experts) == pytest.approx(training_flops(small, list("0123")), rel=0.01)
+
+
+def test_a_warm_start_of_small_batches_costs_the_same(small: RunConfig) -> None:
+    made = member_config(small, plan(small, 1).member("warm-small"), 0)
+    trunk = flops.training_flops(flops.expert_forward_flops(made), made.expert.trunk_steps, made.monolith.batch)
+    assert training_flops(made, [MONOLITH]) + trunk == pytest.approx(training_flops(small, [MONOLITH]), rel=0.02)
 
 
 def test_a_warm_start_is_counted_within_each_side(small: RunConfig) -> None:

@@ -114,6 +114,7 @@ def test_a_study_from_nothing_to_its_page(prepared: Run, capsys: pytest.CaptureF
     wanted |= {"router-text", "router-latent", "oracle", "uniform", "expert-0", "random", "without-0", "alternate-0-1"}
     assert wanted <= arms
     assert {row["set"] for row in rows} == {"test", "train", "validation"}
+    assert store.read_json(run.root / "study" / "baseline.json")["looks"] == [1]
     assert about["baseline"]["set"] == "validation" and about["baseline"]["chosen"] in ("monolith", "small-batch")
     primary = [one for one in about["comparisons"] if one["primary"] and one["set"] == "test"]
     assert primary[0]["arm"] == "top1" and "too few clips" in primary[0]["verdict"]
@@ -161,6 +162,7 @@ def test_a_second_seed_leaves_the_first_as_it_was(prepared: Run, monkeypatch: py
     stage.study(run, seeds=2, parts=("table",), workers=1)
     after = contents(run.root)
     assert all(after[path] == moment for path, moment in before.items())
+    assert store.read_json(run.root / "study" / "baseline.json")["looks"] == [1, 2]
     rows = store.read_json(run.root / "study" / "table.json")
     assert {row["seeds"] for row in rows if row["arm"] == "top1"} == {2}
     assert {row["seeds"] for row in rows if row["arm"] in ("real", "codec")} == {0}

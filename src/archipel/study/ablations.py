@@ -244,7 +244,7 @@ def mixed_captions(members: Members, result: Result) -> list[Ablation]:
     if found is None:
         return [_withheld("mixed", "Captions that mix clusters", "What happens between the clusters?", result)]
     rows = [[arm.title.removesuffix(", mixed captions"), *found(arm.name)] for arm in names]
-    gap = found.gap(f"mixed-{primary(members.run.config)}", "mixed-monolith")
+    gap = found.gap(f"mixed-{primary(members.run.config)}", f"mixed-{result.baseline}")
     said = (
         "no difference can be told"
         if gap.low <= 0 <= gap.high
@@ -453,11 +453,14 @@ def warm_start(members: Members, result: Result) -> list[Ablation]:
         "warm": "experts from the shared start",
         "monolith": "monolith from nothing",
         "warm-monolith": "monolith from the shared start",
+        "small-batch": "monolith of batch B/K from nothing",
+        "warm-small": "monolith of batch B/K from the shared start",
     }
+    base = "warm-monolith" if result.baseline == "monolith" else "warm-small"
     rows = [[label, _of(result, arm, metric), _cost(members, arm)] for arm, label in names.items()]
     gap, ratio = (
-        result.difference(TEST, "warm", "warm-monolith", metric),
-        result.ratio(TEST, "warm-monolith", "warm", metric),
+        result.difference(TEST, "warm", base, metric),
+        result.ratio(TEST, base, "warm", metric),
     )
     said = f"Experts less monolith, both warm: {gap}" + (f"; ratio {ratio}" if ratio is not None else "") + "."
     return [
@@ -475,10 +478,10 @@ def curve(members: Members, result: Result) -> dict[str, Any] | None:
     names = [
         arm.name
         for arm in members.plan.arms
-        if arm.name.startswith(("width-", "steps-")) and not arm.name.endswith("-monolith")
+        if arm.name.startswith(("width-", "steps-")) and not arm.name.endswith(("-monolith", "-small-batch"))
     ]
     points = []
-    for arm, base in ((chosen, "monolith"), *((name, f"{name}-monolith") for name in names)):
+    for arm, base in ((chosen, result.baseline), *((name, f"{name}-{result.baseline}") for name in names)):
         ratio = result.ratio(TEST, base, arm, metric)
         one = members.plan.arm(arm)
         config = members.of(one.member, 0).config
@@ -492,4 +495,4 @@ def curve(members: Members, result: Result) -> dict[str, Any] | None:
                 "metric": metric,
             }
         )
-    return {"x": "training FLOPs per arm (over the monolith of batch B)", "points": points} if names else None
+    return {"x": f"training FLOPs per arm (over the baseline: {result.baseline})", "points": points} if names else None

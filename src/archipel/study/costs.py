@@ -17,9 +17,12 @@ _TRUNK = "warm_start"
 
 def costs(members: Members, arm: Arm) -> dict[str, Any]:
     """Costs of one training of an arm (its first seed): {"parameters", "active", "training_flops", "samples", "updates",
-    "sampling_flops", "evaluations"}. parameters: of all that was trained; active: of what one evaluation reads; samples:
-    training clips seen by experts or the monolith, the router's not counted; updates: of one network; sampling_flops per
-    clip, without the codec; an upper bound for a threshold. What is not trained yet is null.
+    "epochs", "seconds", "sampling_flops", "evaluations"}.
+
+    parameters: of all that was trained; active: of what one evaluation reads; samples: training clips seen by experts or the
+    monolith, the router's not counted; updates: of one network; epochs: passes of a network over its own clips, mean;
+    seconds: training wall time of experts or monolith, summed; sampling_flops: per clip, without the codec, an upper bound
+    for a threshold. What is not trained yet is null.
     """
     run = members.of(arm.member, 0)
     alone = arm.how in (MONOLITH, "cluster")
@@ -30,7 +33,8 @@ def costs(members: Members, arm: Arm) -> dict[str, Any]:
     routing = store.read_card(router.expert(ROUTER)) if asked else None
     found: dict[str, Any] = {**sampling(run, router, arm)}
     if any(card is None for card in cards):
-        return {"parameters": None, "active": None, "training_flops": None, "samples": None, "updates": None, **found}
+        keys = ("parameters", "active", "training_flops", "samples", "updates", "epochs", "seconds")
+        return {**dict.fromkeys(keys), **found}
     done = [card for card in cards if card is not None]
     trunk = (done[0].get(_TRUNK) or {}).get("flops", 0)  # shared, hence counted once
     own = int(routing["parameters"]) if routing else 0
@@ -42,6 +46,8 @@ def costs(members: Members, arm: Arm) -> dict[str, Any]:
         + int(trunk),
         "samples": sum(int(card["samples"]) for card in done),
         "updates": max(int(card["steps"]) for card in done),
+        "epochs": round(sum(float(card["epochs"]) for card in done) / len(done), 1),
+        "seconds": round(sum(float(card["seconds"]) for card in done), 1),
         **found,
     }
 

@@ -18,7 +18,12 @@ COSTS = (
     ("updates", "updates"),
     ("sampling_flops", "sampling FLOPs per clip"),
 )
-MORE_COSTS = (("active", "active parameters"), ("evaluations", "network evaluations per clip"))
+MORE_COSTS = (
+    ("active", "active parameters"),
+    ("evaluations", "network evaluations per clip"),
+    ("epochs", "passes over own clips"),
+    ("seconds", "training seconds, summed"),
+)
 HEADINGS = {
     "Kernel distances (unbiased)": "KID, unbiased",
     "Excess Fréchet distances (over real clips at the same N)": "Excess Fréchet distance",
@@ -87,6 +92,14 @@ def _places(files: StudyFiles, where: str, metric: str) -> int | None:
     return found[0][0] if found else None
 
 
+def _cell(row: Any, digits: int | None) -> dict[str, str] | None:
+    """A score; one whose judge also made the arm's clusters is bracketed and named a circle."""
+    found = cell(row, digits)
+    if found is None or mapping(row).get("circle") is not True:
+        return found
+    return {"value": f"({found['value']})", "interval": f"{found['interval']}, circle".lstrip(", ")}
+
+
 def table(
     files: StudyFiles, where: str, metrics: Sequence[str], families: Sequence[str], costs: bool
 ) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def table(
             arm = one["name"]
             if files.family(arm) != name or name not in families:
                 continue
-            cells = [cell(files.score(where, arm, m), digits) for m, digits in zip(ordered, places, strict=True)]
+            cells = [_cell(files.score(where, arm, m), digits) for m, digits in zip(ordered, places, strict=True)]
             if any(cells):
                 tag = "primary arm" if arm == files.arm else "baseline" if arm == files.baseline else ""
                 lines.append(

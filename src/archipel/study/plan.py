@@ -129,16 +129,31 @@ def _table(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
     shape = {"expert.width": wide.width, "expert.heads": wide.heads, "expert.rope_axes": list(wide.rope_axes)}
     wide_flops = {**shape, "monolith.steps": wide.steps, "monolith.batch": batch}
     own = (MONOLITH,)
+    # Every monolithic control twice: with batch B as the first baseline, and with batch B/K as the second one.
+    little = {"monolith.batch": config.expert.batch, "monolith.lr": small}
+    times = batch / config.expert.batch
     members = [
         Member(MAIN, f"{k} experts, router, monolith", {}, (EXPERTS, ROUTER, MONOLITH), seeds),
         Member("random", "experts on random shards", {"partition.method": "random"}, (EXPERTS, ROUTER), seeds),
         Member(
             "small-batch", f"monolith, batch {config.expert.batch}",
-            {"monolith.batch": config.expert.batch, "monolith.steps": 0, "monolith.lr": small}, own, seeds,
+            {**little, "monolith.steps": 0}, own, seeds,
         ),
         Member("short", "monolith, 1/K of the compute", {"monolith.steps": max(1, round(steps / k))}, own, seeds),
+        Member(
+            "short-small", "monolith, 1/K of the compute, small batch",
+            {**little, "monolith.steps": max(1, round(steps * times / k))}, own, seeds,
+        ),
         Member("cluster", "cluster-conditioned monolith", {"monolith.condition": "cluster", "monolith.steps": 0}, own, seeds),
+        Member(
+            "cluster-small", "cluster-conditioned monolith, small batch",
+            {**little, "monolith.condition": "cluster", "monolith.steps": 0}, own, seeds,
+        ),
         Member("wide-flops", f"monolith of width {wide.width}, equal FLOPs", wide_flops, own, seeds),
+        Member(
+            "wide-flops-small", f"monolith of width {wide.width}, equal FLOPs, small batch",
+            {**wide_flops, **little, "monolith.steps": max(1, round(wide.steps * times))}, own, seeds,
+        ),
         Member("wide-samples", f"monolith of width {wide.width}, equal samples", {**wide_flops, "monolith.steps": steps}, own, seeds),
         Member("router-text", "router that reads the text only", {"router.reads": "text"}, (ROUTER,), seeds),
         Member("router-latent", "router that reads the latent only", {"router.reads": "latent"}, (ROUTER,), seeds),
@@ -159,6 +174,8 @@ def _table_arms(config: RunConfig, seeds: int) -> list[Arm]:
     for how in dict.fromkeys([chosen, *tops, "full", "threshold", "ancestral"]):
         add(how, _TITLES.get(how, how), "archipelago", how)
     both = (TEST, TRAIN)
+    low = config.sample.threshold / 10
+    add("threshold-low", f"threshold {low:g}", "archipelago", "threshold", settings={"threshold": low})
     # A temperature does not change which expert is the likeliest: it is for mixtures of several only.
     add("full-t0.5", "all experts, temperature 0.5", "archipelago", "tempered", settings={"temperature": 0.5})
     add("full-t2", "all experts, temperature 2", "archipelago", "tempered", settings={"temperature": 2.0})
@@ -166,19 +183,24 @@ def _table_arms(config: RunConfig, seeds: int) -> list[Arm]:
     add("ancestral-top1", "ancestral at high noise, then top-1", "archipelago", "ancestral-top1")
     add(MONOLITH, "monolith, batch B", "monolith", MONOLITH)
     add("small-batch", "monolith, batch B/K, K times the steps", "monolith", MONOLITH, "small-batch")
-    add("short", "monolith at 1/K of the compute", "monolith", MONOLITH, "short")
-    add("cluster", "cluster-conditioned monolith", "monolith", "cluster", "cluster")
-    add("wide-flops", "parameter-matched monolith, equal FLOPs", "monolith", MONOLITH, "wide-flops")
+    for end, words in (("", ""), ("-small", ", batch B/K")):
+        add(f"short{end}", f"monolith at 1/K of the compute{words}", "monolith", MONOLITH, f"short{end}")
+        add(f"cluster{end}", f"cluster-conditioned monolith{words}", "monolith", "cluster", f"cluster{end}")
+        title = f"parameter-matched monolith, equal FLOPs{words}"
+        add(f"wide-flops{end}", title, "monolith", MONOLITH, f"wide-flops{end}")
     add("wide-samples", "parameter-matched monolith, equal samples", "monolith", MONOLITH, "wide-samples")
-    if k > 2:
-        add("monolith-2x", "monolith with top-2's sampling FLOPs", "monolith", MONOLITH, settings={"steps": 2 * steps})
-    add(
-        "monolith-kx",
-        "monolith with the full ensemble's sampling FLOPs",
-        "monolith",
-        MONOLITH,
-        settings={"steps": k * steps},
-    )
+    more = {"2x": ("top-2's", 2 * steps), "kx": ("the full ensemble's", k * steps)}
+    for end, (whose, count) in more.items() if k > 2 else [("kx", more["kx"])]:
+        title, settings = f"with {whose} sampling FLOPs", {"steps": count}
+        add(f"monolith-{end}", f"monolith {title}", "monolith", MONOLITH, settings=settings)
+        add(
+            f"small-batch-{end}",
+            f"monolith of batch B/K {title}",
+            "monolith",
+            MONOLITH,
+            "small-batch",
+            settings=settings,
+        )
     add("random-shards", "experts on random shards", "control", "top1", "random", sets=both)
     add("random-shards-full", "experts on random shards, all at once", "control", "full", "random")
     add("router-text", "router that reads the text only, top-1", "control", "top1", router="router-text")
@@ -186,7 +208,7 @@ def _table_arms(config: RunConfig, seeds: int) -> list[Arm]:
     add("uniform", "uniform mixture", "control", "uniform")
     add("expert-0", "one fixed expert", "control", "expert-0")
     add("random", "a random expert per clip", "control", "random")
-    add("oracle", "oracle: centroid nearest to the real clip (leaks it)", "bound", "oracle", sets=both)
+    add("oracle", "oracle: the real clip's own cluster (leaks it)", "bound", "oracle", sets=both)
     return found
 
 
@@ -308,12 +330,24 @@ def _warm(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
         "expert.steps": max(1, round(config.expert.steps * left)),
         "monolith.steps": config.monolith.steps - trunk,
     }
-    member = Member("warm", "shared warm start", over, (TRUNK, EXPERTS, ROUTER, MONOLITH), seeds)
+    batch = config.expert.batch
+    small = {
+        **over,
+        "monolith.batch": batch,
+        "monolith.steps": max(1, round((config.monolith.steps - trunk) * config.monolith.batch / batch)),
+        "expert.trunk_steps": max(1, round(trunk * config.monolith.batch / batch)),
+        "monolith.lr": config.study.small_batch_lr or config.monolith.lr,
+    }
+    members = [
+        Member("warm", "shared warm start", over, (TRUNK, EXPERTS, ROUTER, MONOLITH), seeds),
+        Member("warm-small", "shared warm start, small batch", small, (TRUNK, MONOLITH), seeds),
+    ]
     arms = [
         Arm("warm", "experts from a shared warm start", "ablation", "warm", config.sample.strategy, seeds),
         Arm("warm-monolith", "monolith from the same warm start", "ablation", "warm", MONOLITH, seeds),
+        Arm("warm-small", "monolith of batch B/K from a warm start", "ablation", "warm-small", MONOLITH, seeds),
     ]
-    return [member], arms
+    return members, arms
 
 
 def _curve(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
@@ -334,9 +368,15 @@ def _curve(config: RunConfig, seeds: int) -> tuple[list[Member], list[Arm]]:
         routed = max(1, round(config.router.steps * factor))
         points[f"steps-{label}"] = (f"{label} the steps", {"expert.steps": steps, "router.steps": routed})
     for name, (title, over) in points.items():
+        rate = config.study.small_batch_lr or config.monolith.lr
+        little = {**over, "monolith.steps": 0, "monolith.batch": expert.batch, "monolith.lr": rate}
         members.append(Member(name, title, {**over, "monolith.steps": 0}, (EXPERTS, ROUTER, MONOLITH), seeds))
+        members.append(Member(f"{name}-small", f"{title}, small batch", little, (MONOLITH,), seeds))
         arms.append(Arm(name, f"{title}: experts", "ablation", name, config.sample.strategy, seeds))
         arms.append(Arm(f"{name}-monolith", f"{title}: monolith", "ablation", name, MONOLITH, seeds))
+        arms.append(
+            Arm(f"{name}-small-batch", f"{title}: monolith, batch B/K", "ablation", f"{name}-small", MONOLITH, seeds)
+        )
     return members, arms
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from archipel import cache, store
+from archipel import FORMAT, cache, store
 from archipel.config import FEATURE_NETWORK
 from archipel.errors import ArchipelError
 from archipel.evaluation.inputs import REVERSED, STATIC, probe_extractors
@@ -19,7 +19,7 @@ from archipel.manifest import Clip, read_manifest, rows_of
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, Run
 from archipel.study import comparing, sampling, statistics
-from archipel.study.members import Members
+from archipel.study.members import Members, folder
 from archipel.study.plan import MIXED, TEST, TRAIN, VALIDATION
 from archipel.study.prompts import Prompts, data_seed, there_are
 from archipel.study.sampling import CODEC, JudgeSpec, Kept, read_kept, reference_path, sample_path
@@ -71,6 +71,11 @@ class Result:
     extra: dict[str, Any]
     notes: list[str]
     said: list[str]
+
+    @property
+    def baseline(self) -> str:
+        """The monolith that the archipelago is compared with: ``monolith`` or ``small-batch``."""
+        return str(self.extra["baseline"]["chosen"])
 
     def interval(self, prompts: str, arm: str, metric: str) -> Interval | None:
         """A score, or None where it was not measured."""
@@ -161,14 +166,12 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
     sets = {name: Prompts.of(run, name) for name in there_are(run)}
     if any(MIXED in arm.sets for arm in members.plan.arms):
         sets[MIXED] = Prompts.of(run, MIXED)
-    tables = {name: table_of(members, judges, sets[name], stop) for name in sets if name != MIXED}
+    tables = {VALIDATION: table_of(members, judges, sets[VALIDATION], stop)}
+    chosen = _baseline(members, tables[VALIDATION])  # settled before a test clip is scored
+    tables |= {name: table_of(members, judges, sets[name], stop) for name in (TEST, TRAIN)}
     crossed = crossing(run.config)
     metric = run.config.evaluate.primary
     arm = members.plan.primary
-    if VALIDATION in tables:
-        chosen = comparing.better_baseline(tables[VALIDATION].scores, BASELINES, metric)
-    else:
-        chosen = {"chosen": MONOLITH, "set": "", "metric": metric, "candidates": [], "verdict": "no validation clips"}
     circles = comparing.same_as_partition(judges.open(run).features, FEATURE_NETWORK.get(run.config.partition.features))
     if run.config.partition.features == "text":  # what the probe is fitted to
         circles.append(comparing.PROBE)
@@ -191,8 +194,38 @@ def score(members: Members, judges: JudgeSpec, stop: StopFlag) -> Result:
         "baseline": chosen, "comparisons": compared, "copying": copying, "paired": paired, "facts": facts, "extractors": crossed,
     }  # fmt: skip
     notes = [note for one in tables.values() for note in one.facts.get("notes", [])]
-    rows = [row for name in (TEST, TRAIN, VALIDATION) if name in tables for row in tables[name].rows]
+    rows = [_marked(members, row) for name in (TEST, TRAIN, VALIDATION) for row in tables[name].rows]
     return Result(members, tables, sets, rows, extra, list(dict.fromkeys(notes)), [*headline, chosen["verdict"]])
+
+
+def _baseline(members: Members, validation: Table) -> dict[str, Any]:
+    """The better monolith on validation captions. The first choice stands: more seeds are told, but do not turn it over
+    after test clips were scored. Every look at the test split is counted in RUN/study/baseline.json."""
+    path, metric = folder(members.run) / "baseline.json", members.run.config.evaluate.primary
+    now = comparing.better_baseline(validation.scores, BASELINES, metric)
+    kept = store.read_json(path) if path.is_file() else {}
+    if kept.get("metric") != metric or kept.get("chosen") not in BASELINES:
+        kept = {"format": FORMAT, "chosen": now["chosen"], "metric": metric, "verdict": now["verdict"], "looks": []}
+    if members.plan.seeds not in kept["looks"]:
+        kept["looks"].append(members.plan.seeds)
+        store.write_json(path, kept)
+    said = now["verdict"]
+    if now["chosen"] != kept["chosen"]:
+        said = f"{kept['chosen']} was chosen on {kept['looks'][0]} seeds and stands; by now {said}"
+    return {**now, "chosen": kept["chosen"], "verdict": said, "looks": kept["looks"]}
+
+
+def _marked(members: Members, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with "circle" where the arm's own clusters were made by the network that judges it."""
+    arm = next((one for one in members.plan.arms if one.name == row["arm"]), None)
+    if arm is None or arm.how in (MONOLITH, "cluster"):
+        return row
+    part = members.of(arm.member, 0).config.partition
+    network = FEATURE_NETWORK.get(part.features)
+    extractor = str(row["protocol"].get("extractor", ""))
+    seen = comparing.same_as_partition([extractor], network) if network else []
+    circle = part.method == "kmeans" and (bool(seen) or (part.features == "text" and row["metric"] == comparing.PROBE))
+    return {**row, "circle": True} if circle else row
 
 
 def table_of(members: Members, judges: JudgeSpec, prompts: Prompts, stop: StopFlag) -> Table:
