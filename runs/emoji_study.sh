@@ -11,6 +11,9 @@ cd "$(dirname "$0")/.."
 run=${1:-study}
 make setup
 [ -e "$run/run.toml" ] || .venv/bin/archipel init "$run" --preset study --set run.seed=2
-[ -e "$run/study/pilot.json" ] || .venv/bin/archipel study "$run" --seeds 1 \
-    --trial lr-half:expert.lr=0.0015 --trial lr-double:expert.lr=0.006
+[ -e "$run/study/pilot.json" ] || .venv/bin/archipel study "$run" --seeds 2 \
+    --trial rate-half:expert.lr=0.003 --trial rate-double:expert.lr=0.012 \
+    --trial head:expert.prediction=velocity --trial batch:expert.batch=32,expert.steps=300 \
+    --trial codec:codec.channels=48 --trial width:expert.width=96,expert.heads=3 \
+    --trial clusters:partition.features=transnet
 .venv/bin/archipel study "$run" --seeds 5

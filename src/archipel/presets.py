@@ -65,16 +65,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clips": {"source": "fluent-emoji", "packages": [1, 2, 3, 4], "min_motion": 0.001, "phases": 8},
         "partition": {"k": 4, "features": "text", "balanced": True},
         "expert": {
-            "width": 48,
+            "width": 64,
             "heads": 2,
             "double_blocks": 1,
-            "single_blocks": 1,
+            "single_blocks": 2,
             "prediction": "x0",
-            "steps": 1500,
+            "steps": 1200,
             "batch": 8,
-            "lr": 3e-3,
+            "lr": 6e-3,
             "validate_every": 250,
-            "checkpoint_every": 750,
+            "checkpoint_every": 600,
         },
         "router": {
             "width": 16,
@@ -86,6 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "checkpoint_every": 200,
         },
         "evaluate": {"count": 112},
+        "study": {"small_batch_lr": 3e-3},
     },
     # Minutes on one GPU, all four packages at 64x64 and 16 frames.
     "gpu": {
