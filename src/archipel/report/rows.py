@@ -19,6 +19,7 @@ from archipel.report.svg import (
     legend,
     number,
     text_at,
+    upright_lines,
     wrapped,
 )
 
@@ -74,16 +75,7 @@ def category_chart(
     x_axis = Axis(spread, name_width, width - 58, zero=bars or min(spread) >= 0)
     if not bars:
         x_axis = x_axis.pad(0.03)
-    body = []
-    for tick in x_axis.ticks(6):
-        x = x_axis(tick)
-        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
-        body.append(text_at(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
-    for value, text in marks:
-        if math.isfinite(value):
-            x = x_axis(value)
-            body.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
-            body.append(text_at(x, top - 6, text, "tick", "middle"))
+    body = upright_lines(x_axis, top, height - BOTTOM, marks)
     y = top + gap / 2
     for name, values in drawn:
         middle = y + step * len(values) / 2 + 4

@@ -341,15 +341,7 @@ def interval_chart(
     spread = [value for value, _ in marks]
     spread += [v for _, value, low, high, _ in rows for v in (value, low, high) if v is not None and math.isfinite(v)]
     x_axis = Axis(spread, name_width, width - 22, zero=min(spread) >= 0).pad(0.03)
-    body = []
-    for tick in x_axis.ticks(6):
-        x = x_axis(tick)
-        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
-        body.append(text_at(x, height - BOTTOM + 17, number(tick), "tick", "middle"))
-    for value, text in marks:
-        x = x_axis(value)
-        body.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{height - BOTTOM}"/>')
-        body.append(text_at(x, top - 6, text, "tick", "middle"))
+    body = upright_lines(x_axis, top, height - BOTTOM, marks)
     for i, (name, value, low, high, css) in enumerate(rows):
         y = top + step * (i + 0.5)
         body.append(text_at(name_width - 12, y + 4, fitted(name, name_width - 18), "label", "end"))
@@ -358,6 +350,21 @@ def interval_chart(
         body.append(f'<circle class="dot {css}" cx="{x_axis(value)}" cy="{y:g}" r="5"/>')
     body.append(text_at((name_width + width) / 2, height - 6, x_label, "label", "middle"))
     return wrapped(body, label, width, height, "wide")
+
+
+def upright_lines(axis: Axis, top: float, bottom: float, marks: Sequence[tuple[float, str]]) -> list[str]:
+    """Grid lines at the ticks of a horizontal axis with their numbers, and dashed lines at ``marks`` with their texts."""
+    body = []
+    for tick in axis.ticks(6):
+        x = axis(tick)
+        body.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+        body.append(text_at(x, bottom + 17, number(tick), "tick", "middle"))
+    for value, text in marks:
+        if math.isfinite(value):
+            x = axis(value)
+            body.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+            body.append(text_at(x, top - 6, text, "tick", "middle"))
+    return body
 
 
 def heat_map(

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from archipel.evaluation.inputs import EXTRACTORS, NETWORK
 from archipel.evaluation.intervals import FEW_GROUPS, Interval, mean_interval, short
 from archipel.evaluation.verdicts import TOO_FEW
 from archipel.progress import Progress, StopFlag
 from archipel.routing.router import load_router
 from archipel.study import probing
-from archipel.study.costs import costs
+from archipel.study.finding import Ablation, ablation, chart_of, interval_of, metric_of
 from archipel.study.members import Members
 from archipel.study.page_reading import capital, sentence
-from archipel.study.plan import MAIN, MIXED, SWEEP, TEST, primary
+from archipel.study.plan import MAIN, MIXED, TEST, primary
 from archipel.study.prompts import Prompts
 from archipel.study.results import Result, over_seeds
-
-logger = logging.getLogger("archipel")
-Ablation = dict[str, Any]
+from archipel.study.trained import crossed, number_of_experts, partition_seeds, warm_start
 
 
 def all_of(members: Members, result: Result, stop: StopFlag) -> list[Ablation]:
@@ -54,52 +50,12 @@ def _cautious(one: Ablation, result: Result) -> Ablation:
     return {**one, "verdict": f"{one['verdict']} {capital(TOO_FEW)}: {bench.prompts.groups} content groups."}
 
 
-def ablation(
-    name: str,
-    title: str,
-    question: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    verdict: str,
-    *,
-    about: str = "",
-    chart: Mapping[str, Any] | None = None,
-) -> Ablation:
-    """One entry of study.json. Cells are intervals, numbers, text or None."""
-    cells = [[_cell(cell) for cell in row] for row in rows]
-    return {
-        "name": name, "title": title, "question": question, "about": about, "columns": list(columns),
-        "rows": cells, "chart": chart, "verdict": verdict,
-    }  # fmt: skip
-
-
-def _cell(cell: Any) -> Any:
-    return probing.as_dict(cell) if isinstance(cell, Interval) else cell
-
-
-def _chart(kind: str, x: str, y: str, series: Mapping[str, Sequence[tuple[float, Interval]]]) -> dict[str, Any]:
-    def point(at: float, value: Interval) -> list[float | None]:
-        given = probing.as_dict(value)
-        return [at, given["value"], given["low"], given["high"]]
-
-    points = [{"name": name, "points": [point(at, value) for at, value in found]} for name, found in series.items()]
-    return {"kind": kind, "x": x, "y": y, "series": points}
-
-
-def _metric(members: Members) -> str:
-    return members.run.config.evaluate.primary
-
-
-def _of(result: Result, arm: str, metric: str, prompts: str = TEST) -> Interval | None:
-    return result.interval(prompts, arm, metric)
-
-
 # --- against everything else in the table ------------------------------------------------------------------------------
 
 
 def controls(members: Members, result: Result) -> list[Ablation]:
     """The archipelago less every other arm of the table, in pairs: the headline is its difference to one of them alone."""
-    metric, chosen = _metric(members), primary(members.run.config)
+    metric, chosen = metric_of(members), primary(members.run.config)
     rows: list[list[Any]] = []
     nearer, farther = [], []
     for arm in members.plan.arms:
@@ -188,8 +144,11 @@ def schedules(members: Members, result: Result) -> list[Ablation]:
         "expert-0": "A alone", "expert-1": "B alone", "first-0-1": "A at high noise, then B",
         "first-1-0": "B at high noise, then A", "alternate-0-1": "A and B in turns",
     }  # fmt: skip
-    metric = _metric(members)
-    rows = [[label, _of(result, arm, metric), _of(result, arm, "text-video-probe")] for arm, label in names.items()]
+    metric = metric_of(members)
+    rows = [
+        [label, interval_of(result, arm, metric), interval_of(result, arm, "text-video-probe")]
+        for arm, label in names.items()
+    ]
     single = (
         result.difference(TEST, "alternate-0-1", "expert-0", metric),
         result.difference(TEST, "alternate-0-1", "expert-1", metric),
@@ -217,12 +176,12 @@ def schedules(members: Members, result: Result) -> list[Ablation]:
 
 def experts_missing(members: Members, result: Result) -> list[Ablation]:
     """Each expert taken away: what its loss costs."""
-    metric, whole = _metric(members), primary(members.run.config)
-    rows: list[list[Any]] = [["all experts", _of(result, whole, metric), None]]
+    metric, whole = metric_of(members), primary(members.run.config)
+    rows: list[list[Any]] = [["all experts", interval_of(result, whole, metric), None]]
     worst: list[Interval] = []
     for number in range(members.run.config.partition.k):
         gap = result.difference(TEST, f"without-{number}", whole, metric)
-        rows.append([f"without expert {number}", _of(result, f"without-{number}", metric), gap])
+        rows.append([f"without expert {number}", interval_of(result, f"without-{number}", metric), gap])
         if gap is not None:
             worst.append(gap)
     high = max(worst, key=lambda gap: gap.value, default=None)
@@ -294,13 +253,13 @@ def over_time(members: Members, result: Result) -> list[Ablation]:
             columns, rows,
             f"From {first} at the noisiest time to {last} at the cleanest; always naming the largest cluster is right in {chance:.0%}.",
             about="test clips, noise of its own, calibrated routers of the first seed; 1 is noise",
-            chart=_chart("lines", "t (1 = noise)", "accuracy", accuracy),
+            chart=chart_of("lines", "t (1 = noise)", "accuracy", accuracy),
         ),
         ablation(
             "entropy", "Router entropy over time", "How sure is the router?", ["", "entropy at t = 0.95", "entropy at t = 0.05"],
             [[label, found[-1]["entropy"], found[0]["entropy"]] for label, found in series.items()],
             f"Even shares would have {short(float(np.log(run.config.partition.k)))} nats.",
-            chart=_chart("lines", "t (1 = noise)", "entropy, nats", entropy),
+            chart=chart_of("lines", "t (1 = noise)", "entropy, nats", entropy),
         ),
     ]  # fmt: skip
 
@@ -318,7 +277,7 @@ def expert_agreement(members: Members, result: Result) -> list[Ablation]:
             ["time", "cosine between velocities", "error of the own expert", "error of the others", "own one is best"], rows,
             capital(said) + f" (chance of being best is {1 / run.config.partition.k:.0%}).",
             about="squared velocity error per number on noisy test clips, captions given, no guidance, first seed",
-            chart=_chart("lines", "t (1 = noise)", "share or cosine", {
+            chart=chart_of("lines", "t (1 = noise)", "share or cosine", {
                 "cosine between experts": [(one["t"], one["cosine"]) for one in found],
                 "own expert is best": [(one["t"], one["best"]) for one in found],
             }),
@@ -344,155 +303,6 @@ def predicted(members: Members, result: Result) -> list[Ablation]:
             f"At t = {noisy['t']:.1f} the own expert's prediction lies nearest to the clip's own centroid in {noisy['own']} of the clips, "
             f"another expert's in {noisy['other']}.",
             about=f"share of {probing.X0_CLIPS} test clips whose decoded prediction of x0 lies nearest to their own cluster's centroid",
-            chart=_chart("lines", "t (1 = noise)", "share nearest to the own centroid", chart),
+            chart=chart_of("lines", "t (1 = noise)", "share nearest to the own centroid", chart),
         )
     ]  # fmt: skip
-
-
-# --- other trainings -------------------------------------------------------------------------------------------------
-
-
-def number_of_experts(members: Members, result: Result) -> list[Ablation]:
-    """K at constant total compute."""
-    metric, own = _metric(members), members.run.config.partition.k
-    chosen = primary(members.run.config)
-    arms = {k: chosen if k == own else f"k{k}" for k in sorted({*SWEEP, own})}
-    found = result.common(TEST, ["monolith", *arms.values()], metric)
-    rows: list[list[Any]] = [["monolith (K = 1)", found.get("monolith"), _cost(members, "monolith")]]
-    series = []
-    for k, arm in arms.items():
-        value = found.get(arm)
-        rows.append([f"K = {k}", value, _cost(members, arm)])
-        if value is not None:
-            series.append((float(k), value))
-    best = min(series, key=lambda point: point[1].value, default=None)
-    said = f"Least at K = {best[0]:.0f}: {best[1]}." if best else "Not measured."
-    return [
-        ablation(
-            "experts", "Number of experts", "How many experts at constant total compute?",
-            ["experts", metric, "training FLOPs"], rows, said,
-            about="expert batch B/K, equal steps (rounded so that the total stays); the same strategy; all over the seeds that every K "
-            "has",
-            chart=_chart("lines", "experts K", metric, {chosen: series}),
-        )
-    ]  # fmt: skip
-
-
-def _cost(members: Members, arm: str) -> str:
-    spent = costs(members, members.plan.arm(arm))["training_flops"]
-    return "" if spent is None else f"{spent / 1e12:.2f} T"
-
-
-def crossed(members: Members, result: Result) -> list[Ablation]:
-    """Clustered by A, scored by B: every partition against every extractor."""
-    config = members.run.config
-    chosen = primary(config)
-    own = config.partition.features
-    arms = {
-        chosen: own,
-        **{
-            arm.name: members.of(arm.member, 0).config.partition.features
-            for arm in members.plan.arms
-            if arm.name.startswith("by-")
-        },
-    }
-    metrics = [f"KID-{name}" for name in EXTRACTORS]
-    rows: list[list[Any]] = []
-    for arm, features in arms.items():
-        cells: list[Any] = []
-        for name, metric in zip(EXTRACTORS, metrics, strict=True):
-            value = _of(result, arm, metric)
-            circle = NETWORK[name] in _networks(features)
-            cells.append(f"({value})" if circle and value is not None else value)
-        rows.append([f"by {features}" + (" (the study's)" if arm == chosen else ""), *cells])
-    rows.append(["random shards", *(_of(result, "random-shards", metric) for metric in metrics)])
-    rows.append(["monolith", *(_of(result, "monolith", metric) for metric in metrics)])
-    return [
-        ablation(
-            "crossed", "What clusters are made by", "Does it matter which features make the clusters, and who judges?",
-            ["clusters", *metrics], rows,
-            "Values in brackets are circles: the judge's network also made the clusters, so they count for nothing.",
-            about=f"{members.plan.arm(next(iter(a for a in arms if a != chosen), chosen)).seeds} seeds of the other partitions",
-        )
-    ]  # fmt: skip
-
-
-def _networks(features: str) -> set[str]:
-    return {"transnet": {"transnet"}, "text": set()}.get(features, {"efficientnet"})
-
-
-def partition_seeds(members: Members, result: Result) -> list[Ablation]:
-    """Only the partition drawn anew, all else as in the first seed."""
-    metric, chosen = _metric(members), primary(members.run.config)
-    seeds = result.per_seed(TEST, chosen, metric)
-    others = {
-        arm.name: result.per_seed(TEST, arm.name, metric)
-        for arm in members.plan.arms
-        if arm.name.startswith("partition-")
-    }
-    first = seeds.get(0)
-    rows: list[list[Any]] = [["the study's first seed", first]]
-    rows += [[name.replace("-", " seed "), values.get(0)] for name, values in others.items()]
-    partitions = [value for value in (first, *(values.get(0) for values in others.values())) if value is not None]
-    by_partition = max(partitions) - min(partitions) if partitions else 0.0
-    by_seed = max(seeds.values()) - min(seeds.values()) if seeds else 0.0
-    return [
-        ablation(
-            "partition-seeds", "Seeds of the partition alone", "How much of the spread is the partition's?",
-            ["partition", metric], rows,
-            f"Range over {len(partitions)} partitions {short(by_partition)}; over {len(seeds)} seeds of everything {short(by_seed)}.",
-        )
-    ]  # fmt: skip
-
-
-def warm_start(members: Members, result: Result) -> list[Ablation]:
-    """A short shared start for both sides."""
-    metric, chosen = _metric(members), primary(members.run.config)
-    names = {
-        chosen: "experts from nothing",
-        "warm": "experts from the shared start",
-        "monolith": "monolith from nothing",
-        "warm-monolith": "monolith from the shared start",
-        "small-batch": "monolith of batch B/K from nothing",
-        "warm-small": "monolith of batch B/K from the shared start",
-    }
-    base = "warm-monolith" if result.baseline == "monolith" else "warm-small"
-    rows = [[label, _of(result, arm, metric), _cost(members, arm)] for arm, label in names.items()]
-    gap, ratio = (
-        result.difference(TEST, "warm", base, metric),
-        result.ratio(TEST, base, "warm", metric),
-    )
-    said = f"Experts less monolith, both warm: {gap}" + (f"; ratio {ratio}" if ratio is not None else "") + "."
-    return [
-        ablation(
-            "warm", "A short shared warm start", "Does a tenth of the training in common help?",
-            ["arm", metric, "training FLOPs"], rows, said,
-            about="the shared steps' FLOPs are in each arm's total once, and each arm's own steps are fewer by them",
-        )
-    ]  # fmt: skip
-
-
-def curve(members: Members, result: Result) -> dict[str, Any] | None:
-    """Ratio monolith over archipelago against training FLOPs and width; None where no point was trained."""
-    metric, chosen = _metric(members), primary(members.run.config)
-    names = [
-        arm.name
-        for arm in members.plan.arms
-        if arm.name.startswith(("width-", "steps-")) and not arm.name.endswith(("-monolith", "-small-batch"))
-    ]
-    points = []
-    for arm, base in ((chosen, result.baseline), *((name, f"{name}-{result.baseline}") for name in names)):
-        ratio = result.ratio(TEST, base, arm, metric)
-        one = members.plan.arm(arm)
-        config = members.of(one.member, 0).config
-        points.append(
-            {
-                "label": "the study" if arm == chosen else members.plan.member(one.member).title,
-                "width": config.expert.width,
-                "steps": config.expert.steps,
-                "flops": costs(members, one)["training_flops"],
-                "ratio": probing.as_dict(ratio) if ratio is not None else None,
-                "metric": metric,
-            }
-        )
-    return {"x": f"training FLOPs per arm (over the baseline: {result.baseline})", "points": points} if names else None

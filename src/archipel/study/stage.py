@@ -14,7 +14,7 @@ from archipel import FORMAT, __version__, store
 from archipel.evaluation.extractors.specs import parse
 from archipel.progress import StopFlag, log_to
 from archipel.run import Run
-from archipel.study import ablations, members, results, sampling
+from archipel.study import ablations, members, results, sampling, trained
 from archipel.study.costs import costs
 from archipel.study.members import Members, folder
 from archipel.study.page import write_page
@@ -77,7 +77,7 @@ def study(
             **_about(opened, result.sets),
             **result.extra,
             "ablations": found,
-            "curve": ablations.curve(opened, result),
+            "curve": trained.curve(opened, result),
             "pilot": _pilot(run),
             "samples": _samples(opened),
             "notes": [*result.notes, *_notes(opened)],
