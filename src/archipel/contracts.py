@@ -21,29 +21,39 @@ class Conditioning:
 
     tokens: (B, L, D) float; mask: (B, L) bool, True where a token is real; pooled: (B, P) float.
     The null condition (unconditional branch) is pooled zeros and a fully masked text of zeros.
+
+    image: None, or (B, C + 1, T, H, W) float: clean latents of the frames that are given, zero elsewhere, and behind them
+    their mask of ones. It is no caption: it stays when the text is dropped, and in the null condition.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
+    image: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
         """Rows by slice, index tensor or bool tensor."""
-        return Conditioning(self.tokens[rows], self.mask[rows], self.pooled[rows])
+        image = None if self.image is None else self.image[rows]
+        return Conditioning(self.tokens[rows], self.mask[rows], self.pooled[rows], image)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         return Conditioning(
             self.tokens.to(device=device, dtype=dtype),
             self.mask.to(device=device),
             self.pooled.to(device=device, dtype=dtype),
+            None if self.image is None else self.image.to(device=device, dtype=dtype),
         )
+
+    def given(self, image: Tensor | None) -> Conditioning:
+        """The same captions with the given frames ``image`` (see the class)."""
+        return Conditioning(self.tokens, self.mask, self.pooled, image)
 
     def null(self) -> Conditioning:
         """The null condition of the same shape."""
-        return Conditioning(self.tokens * 0, self.mask & False, self.pooled * 0)
+        return Conditioning(self.tokens * 0, self.mask & False, self.pooled * 0, self.image)
 
     def drop(self, dropped: Tensor) -> Conditioning:
         """Replace the rows where ``dropped`` (B,) bool is True by the null condition (tokens and pooled together)."""
@@ -52,6 +62,7 @@ class Conditioning:
             self.tokens * keep[:, None, None].to(self.tokens.dtype),
             self.mask & keep[:, None],
             self.pooled * keep[:, None].to(self.pooled.dtype),
+            self.image,
         )
 
     @staticmethod
@@ -62,6 +73,7 @@ class Conditioning:
             torch.cat([p.tokens for p in parts]),
             torch.cat([p.mask for p in parts]),
             torch.cat([p.pooled for p in parts]),
+            None if any(p.image is None for p in parts) else torch.cat([p.image for p in parts if p.image is not None]),
         )
 
 

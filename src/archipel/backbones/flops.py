@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 TRAINING = 3  # forwards that one training step on a clip costs
 TIME_CHANNELS = 256  # width of diffusers' sinusoidal time embedding
 MLP_RATIO = 4
-TEXT_WIDTHS = {"minilm": (384, 384)}  # encoder -> width of its tokens, width of its pooled vector
+MINILM = 384  # width of the packaged text encoder's tokens and pooled vector
 
 
 def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of a clip's latents: pixels are whole blocks, patch-pca keeps ``codec.channels`` numbers of each."""
+    """(C, T, H, W) of a clip's latents: pixels are whole blocks, the others keep ``codec.channels`` numbers of each; a causal
+    autoencoder gives the first frame a latent frame of its own."""
     pt, ph, pw = config.codec.patch
-    channels = config.codec.channels if config.codec.kind == "patch-pca" else 3 * pt * ph * pw
-    return channels, config.clips.frames // pt, config.clips.size // ph, config.clips.size // pw
+    channels = 3 * pt * ph * pw if config.codec.kind == "pixels" else config.codec.channels
+    frames = (config.clips.frames - 1) // pt + 1 if config.codec.causal else config.clips.frames // pt
+    return channels, frames, config.clips.size // ph, config.clips.size // pw
 
 
 def text_shape(config: RunConfig) -> tuple[int, int, int]:
     """(L, D, P): text tokens, their width, and the width of the pooled vector."""
-    return config.text.tokens, *TEXT_WIDTHS[config.text.encoder]
+    return config.text.tokens, config.text.width or MINILM, config.text.pooled_width or MINILM
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:

@@ -9,6 +9,7 @@ from archipel.config.schema import (
     FEATURE_NETWORK,
     STRATEGIES,
     Backbone,
+    BackboneName,
     Clips,
     Codec,
     CodecName,
@@ -27,12 +28,14 @@ from archipel.config.schema import (
     SourceName,
     Strategy,
     Text,
+    TextName,
 )
 
 __all__ = [
     "FEATURE_NETWORK",
     "STRATEGIES",
     "Backbone",
+    "BackboneName",
     "Clips",
     "Codec",
     "CodecName",
@@ -51,6 +54,7 @@ __all__ = [
     "SourceName",
     "Strategy",
     "Text",
+    "TextName",
     "build",
     "check",
     "check_count",

@@ -10,7 +10,9 @@ from pydantic_core import PydanticCustomError
 from archipel import FORMAT
 
 SourceName = Literal["fluent-emoji", "shapes", "folder", "webdataset", "huggingface"]
-CodecName = Literal["patch-pca", "pixels"]
+CodecName = Literal["patch-pca", "pixels", "autoencoder"]
+TextName = Literal["minilm", "t5", "umt5", "clip", "t5+clip"]
+BackboneName = Literal["flux", "wan", "ltx", "hunyuan", "cogvideox"]
 FeatureName = Literal["efficientnet", "transnet", "text", "motion", "appearance+motion"]
 # config.partition.features -> the networks that they come from: what made the clusters must not judge the clips.
 FEATURE_NETWORK: dict[FeatureName, str] = {
@@ -114,26 +116,59 @@ class Clips(Section):
 class Codec(Section):
     kind: CodecName = Field(
         "patch-pca",
-        description="Clips <-> latents: PCA of space-time blocks fitted on training clips, or the pixels themselves.",
+        description="Clips <-> latents: PCA of space-time blocks fitted on training clips, the pixels themselves, or a trained "
+        "autoencoder of diffusers (`init --codec`).",
     )
     patch: tuple[int, int, int] = Field(
-        (4, 8, 8), description="Block of frames x height x width that becomes one latent position."
+        (4, 8, 8),
+        description="Block of frames x height x width that becomes one latent position (autoencoder: its own, resolved at init).",
     )
-    channels: int = Field(96, ge=1, description="patch-pca: latent channels kept of the block's 3*t*h*w numbers.")
+    channels: int = Field(
+        96,
+        ge=1,
+        description="patch-pca: latent channels kept of the block's 3*t*h*w numbers (autoencoder: its own, resolved at init).",
+    )
     gamma: float = Field(
         0.5, ge=0, le=1, description="patch-pca: components are divided by sigma^gamma (0: one scale, 1: whitened)."
+    )
+    path: str = _later(
+        "",
+        description="autoencoder: folder or hub id (hub ids: `name` or `name:subfolder`); *prepare* takes it into the run, and "
+        "nothing reads this path afterwards.",
+    )
+    model: str = _later("", description="autoencoder: class in diffusers, resolved at init.")
+    causal: bool = _later(
+        False,
+        description="autoencoder: the first frame has a latent frame of its own, so clips have 4n + 1 frames where patch[0] is "
+        "4; resolved at init.",
+    )
+    tiling: bool = _later(False, description="autoencoder: encode and decode large frames in overlapping tiles.")
+    sha256: str = _later(
+        "", description="autoencoder: sha256 of its weights, resolved at init where they are on this disk."
     )
 
 
 class Text(Section):
-    encoder: Literal["minilm"] = Field(
-        "minilm", description="Text encoder: the packaged MiniLM (tokens and pooled vector of 384)."
+    encoder: TextName = Field(
+        "minilm",
+        description="Text encoder: the packaged MiniLM (tokens and pooled vector of 384), or transformers' own from `text.path`: "
+        "tokens of T5, umT5 or CLIP; pooled vector of CLIP, else the mean of the tokens.",
     )
     tokens: int = Field(
         16,
         ge=4,
-        le=256,
+        le=1024,
         description="Text tokens per caption; longer captions are cut, shorter ones padded and masked.",
+    )
+    path: str = _later(
+        "",
+        description="Folder or hub ids of the text encoder: a pipeline's folder (text_encoder, tokenizer, text_encoder_2, "
+        "tokenizer_2), one encoder's, or two joined by a plus sign; *prepare* takes it into the run.",
+    )
+    width: int = _later(0, ge=0, description="Width of the tokens, resolved at init (0: MiniLM's 384).")
+    pooled_width: int = _later(0, ge=0, description="Width of the pooled vector, resolved at init (0: MiniLM's 384).")
+    sha256: str = _later(
+        "", description="sha256 over the encoders' weights, resolved at init where they are on this disk."
     )
 
 
@@ -183,11 +218,55 @@ class Backbone(Section):
 
 
 class Expert(Backbone):
-    backbone: Literal["flux"] = Field(
-        "flux", description="Which diffusers transformer: flux = FluxTransformer2DModel with video ids."
+    backbone: BackboneName = Field(
+        "flux",
+        description="Which diffusers transformer: flux = FluxTransformer2DModel with video ids, wan = WanTransformer3DModel, ltx = "
+        "LTXVideoTransformer3DModel, hunyuan = HunyuanVideoTransformer3DModel, cogvideox = CogVideoXTransformer3DModel.",
     )
-    double_blocks: int = Field(1, ge=0, description="Double-stream blocks (text and video with weights of their own).")
+    double_blocks: int = Field(
+        1,
+        ge=0,
+        description="Double-stream blocks (text and video with weights of their own). A backbone with one kind of block has "
+        "double_blocks + single_blocks of it.",
+    )
     single_blocks: int = Field(3, ge=0, description="Single-stream blocks.")
+    patch: int = _later(
+        1, ge=1, le=8, description="Latent positions per side that are packed into one token (2: 2x2, as FLUX does)."
+    )
+    weights: str = _later(
+        "",
+        description="Folder or hub id of trained weights of this backbone that experts and monolith begin with; *prepare* takes "
+        "them into the run (`base/`).",
+    )
+    network: dict[str, Any] = _later(
+        {},
+        description="Configuration of the transformer in `weights`, resolved at init; width, heads and blocks are its own.",
+    )
+    weights_sha256: str = _later("", description="sha256 of `weights`, resolved at init where they are on this disk.")
+    lora_rank: int = _later(
+        0,
+        ge=0,
+        le=1024,
+        description="Rank of the low-rank adapter that an expert is, over frozen weights (`weights`, or the trunk); 0: experts "
+        "are whole networks.",
+    )
+    lora_alpha: float = _later(0.0, ge=0, description="Scale of the adapters is lora_alpha / lora_rank (0: lora_rank).")
+    lora_targets: Literal["attention", "linear"] = _later(
+        "attention",
+        description="Layers that get an adapter: the attention's projections, or every linear layer of the blocks.",
+    )
+    tasks: tuple[float, float, float, float] = _later(
+        (1.0, 0.0, 0.0, 0.0),
+        description="Mix of training tasks: text only, first frame given, first and last, last. Open-Sora's image-to-video "
+        "recipe is [1, 5, 1, 1].",
+    )
+    pooled_dropout: float = _later(
+        -1.0,
+        ge=-1,
+        le=1,
+        description="Share of pooled vectors dropped by a draw of their own (two text encoders: Open-Sora drops each with 0.316); "
+        "-1: dropped together with the tokens.",
+    )
     prediction: Literal["velocity", "x0"] = Field("velocity", description="What the network's output means.")
     text_dropout: float = Field(
         0.1, ge=0, le=1, description="Share of captions replaced by the null text in training (the router's too)."
@@ -238,6 +317,10 @@ class Router(Backbone):
         "both",
         description="What the router looks at: the noisy latents and the caption, or (controls) one of them only: latent never "
         "sees a caption; text sees noise of t = 1 instead of the latents and gives p(k | caption).",
+    )
+    reads_image: bool = _later(
+        False,
+        description="Whether the router, too, is given the frames that a clip must begin or end with (see expert.tasks).",
     )
 
 
