@@ -86,6 +86,7 @@ def check(config: RunConfig) -> None:
             "expert.trunk_steps = 0, but expert.warm_start = 'trunk' starts from that training: give it steps, at least 1, "
             "such as a tenth of monolith.steps"
         )
+    _check_tasks(config)
     if clips.source == "shapes":
         check_count(config, clips.count or 240)
     _check_circle(config)
@@ -95,6 +96,27 @@ def check(config: RunConfig) -> None:
         )
     if "top2" in config.evaluate.arms and config.partition.k < 2:
         raise ConfigError("evaluate.arms names top2, but partition.k = 1: take it out or use k of 2 or more")
+
+
+def _check_tasks(config: RunConfig) -> None:
+    """The mix of training tasks must be one, and the clips long enough for it."""
+    tasks, clips, codec = config.expert.tasks, config.clips, config.codec
+    if min(tasks) < 0 or not sum(tasks) > 0:
+        raise ConfigError(
+            f"expert.tasks = {list(tasks)} must be four weights of 0 or more, one of them positive: text only, first frame "
+            "given, first and last, last; such as [1, 5, 1, 1]"
+        )
+    frames = (clips.frames - 1) // codec.patch[0] + 1 if codec.causal else clips.frames // codec.patch[0]
+    if frames < 2 and (tasks[2] > 0 or tasks[3] > 0):
+        raise ConfigError(
+            f"expert.tasks = {list(tasks)} gives last frames, but clips of {clips.frames} frames have one latent frame "
+            f"(codec.patch[0] = {codec.patch[0]}), which is the first: use [{tasks[0]:g}, {tasks[1]:g}, 0, 0], or longer clips"
+        )
+    if config.router.reads_image and not config.expert.given_frames:
+        raise ConfigError(
+            f"router.reads_image = true, but expert.tasks = {list(tasks)} never gives a frame: set it to false, or give "
+            "frames a share, such as [1, 5, 1, 1]"
+        )
 
 
 def _check_circle(config: RunConfig) -> None:

@@ -288,6 +288,11 @@ class Expert(Backbone):
         "(0: there is none).",
     )
 
+    @property
+    def given_frames(self) -> bool:
+        """Whether some task gives frames of the clip: then networks have C + 1 further input channels for them."""
+        return any(weight > 0 for weight in self.tasks[1:])
+
 
 class Monolith(Section):
     steps: int = Field(

@@ -61,6 +61,31 @@ def velocity_from_eps(x: Tensor, eps: Tensor, t: Tensor, bound: float = X0_BOUND
     return velocity_from_x0(x, x0_from_eps(x, eps, t), t, bound)
 
 
+def over_size(x: Tensor, t: Tensor) -> Tensor:
+    """x_t / n with n^2 = (1 - t)^2 + t^2: the state of a schedule that preserves variance, at the same log-SNR."""
+    return x / over_rows(torch.hypot(1 - t, t), x)
+
+
+def x0_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x0 of a v-prediction v = alpha' eps - sigma' x0 (Progressive Distillation, arXiv 2202.00512, appendix D) made at
+    ``over_size(x, t)``: x0 = alpha' x' - sigma' v with alpha' = (1 - t) / n, sigma' = t / n."""
+    size = torch.hypot(1 - t, t)
+    return over_rows((1 - t) / size**2, x) * x - over_rows(t / size, x) * v
+
+
+def eps_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """eps of such a v-prediction: eps = sigma' x' + alpha' v."""
+    size = torch.hypot(1 - t, t)
+    return over_rows(t / size**2, x) * x + over_rows((1 - t) / size, x) * v
+
+
+def velocity_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """eps - x0 of such a v-prediction: ((2 t - 1) x_t / n + v) / n. Nothing is divided by t or 1 - t, so it needs no
+    stabiliser, and the two losses differ by the factor 1 / n only, which lies between 1 and sqrt(2)."""
+    size = torch.hypot(1 - t, t)
+    return over_rows((2 * t - 1) / size**2, x) * x + over_rows(1 / size, x) * v
+
+
 Match = Callable[[Tensor], tuple[Tensor, Tensor]]
 """t (B,) on the linear path -> (t' to feed the expert (B,), sigma'(t') (B,)) with alpha'/sigma' = (1 - t)/t at t'."""
 
@@ -94,6 +119,34 @@ def table_match(alphas_cumprod: np.ndarray) -> Match:
         return torch.from_numpy(step).to(t), torch.from_numpy(sigma).to(t)
 
     return match
+
+
+def angle_match(alphas_cumprod: np.ndarray) -> Match:
+    """As ``table_match``, for schedules that may end in pure noise (zero terminal SNR): falling within [0, 1).
+
+    Between two steps the angle atan2(sigma', alpha') is what is interpolated: it is finite where the log-SNR is not, and
+    on the linear path it is atan2(t, 1 - t). Raises ValueError for a table that does not fall.
+    """
+    table = np.asarray(alphas_cumprod, dtype=np.float64)
+    if table.ndim != 1 or len(table) < 2 or table.min() < 0 or table.max() >= 1 or (np.diff(table) >= 0).any():
+        raise ValueError("alphas_cumprod must fall strictly within [0, 1)")
+    angles, steps = np.arctan2(np.sqrt(1 - table), np.sqrt(table)), np.arange(len(table), dtype=np.float64)
+
+    def match(t: Tensor) -> tuple[Tensor, Tensor]:
+        time = t.detach().cpu().double().numpy()
+        angle = np.arctan2(time, 1 - time)
+        return torch.from_numpy(np.interp(angle, angles, steps)).to(t), torch.from_numpy(np.sin(angle)).to(t)
+
+    return match
+
+
+def table_times(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """The time (S,) float64 on the linear path that has the log-SNR of each step: sigma' / (alpha' + sigma').
+
+    Euler over these times is DDIM (arXiv 2010.02502, eq. 12 with eta = 0) over the steps: both go straight to x0_hat.
+    """
+    alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1 - np.asarray(alphas_cumprod, dtype=np.float64))
+    return np.asarray(sigma / (alpha + sigma))
 
 
 class NoiseExpert:

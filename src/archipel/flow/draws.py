@@ -18,6 +18,8 @@ NOISE = 1
 ROUTE = 4
 CHOICE = 5
 PHASE = 6
+TASK = 7
+POOLED = 8
 
 ROUTE_NOISES = 8  # fixed noises that p(k | c) is averaged over: the router's forwards per clip for "ancestral"
 
