@@ -28,16 +28,17 @@ def weight(beta: float, step: int) -> float:
 
 
 class Ema:
-    """Averages ``model``'s parameters, in their own dtype and on their own device; ``tensors`` are by name.
+    """Averages ``model``'s parameters that are trained, in their own dtype and on their own device; ``tensors`` are by name.
 
     Of a sharded model each process averages its own parts: ``mine`` gives the part of a parameter.
     """
 
     def __init__(self, model: nn.Module, beta: float, mine: Callable[[Tensor], Tensor] | None = None) -> None:
         self.beta, self._mine = beta, mine
-        self._parameters: list[Tensor] = [p for _, p in model.named_parameters()]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # not a base under an adapter
+        self._parameters: list[Tensor] = list(trained.values())
         self.tensors: dict[str, Tensor] = {
-            name: (mine(p) if mine else p).detach().clone() for name, p in model.named_parameters()
+            name: (mine(p) if mine else p).detach().clone() for name, p in trained.items()
         }
         self._average = list(self.tensors.values())
 
