@@ -86,7 +86,7 @@ def add_cluster(cond: Conditioning, clusters: Tensor, count: int) -> Conditionin
     """
     told = torch.nn.functional.one_hot(clusters, count).to(cond.pooled) * count**0.5
     told = told * cond.mask.any(1)[:, None].to(told.dtype)
-    return Conditioning(cond.tokens, cond.mask, torch.cat([cond.pooled, told], 1))
+    return Conditioning(cond.tokens, cond.mask, torch.cat([cond.pooled, told], 1), cond.image)
 
 
 class _WithCluster:
