@@ -36,25 +36,33 @@ class MiniLM:
     width = 384
     pooled_width = 384
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, model: Any = None, tokenizer: str = "") -> None:
+        """``model``, ``tokenizer`` (the text of a tokenizer.json): this model, loaded already, instead of the packaged files."""
         # Loaded here and not through the package's own function, which would bring in sentence-transformers.
         from tokenizers import Tokenizer
         from transformers import AutoModel
 
-        folder = weights_file("minilm").parent
         self.tokens = tokens
+        if model is None:
+            folder = weights_file("minilm").parent
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            with _without_loading_bar():
+                model = AutoModel.from_pretrained(
+                    str(folder),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                ).eval()
+        self._model = model
         # tokenizer.json pads to 128 and cuts at 128 by itself: both are taken off first.
-        self._whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._whole = Tokenizer.from_str(tokenizer)
         self._whole.no_padding()
         self._whole.no_truncation()
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_padding(length=tokens)
         self._tokenizer.enable_truncation(max_length=tokens)
-        with _without_loading_bar():
-            self._model = AutoModel.from_pretrained(
-                str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
-            ).eval()
 
     def truncated(self, captions: Sequence[str]) -> list[int]:
         """Rows of the captions that are longer than L tokens and therefore lose their end."""
@@ -75,7 +83,8 @@ class MiniLM:
         encodings = self._tokenizer.encode_batch(captions)
         ids = torch.tensor([encoding.ids for encoding in encodings])
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-        hidden: Tensor = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        on = self._model.device
+        hidden: Tensor = self._model(input_ids=ids.to(on), attention_mask=mask.to(on)).last_hidden_state.float().cpu()
         tokens = hidden * mask[:, :, None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True)
         pooled = torch.nn.functional.normalize(mean, dim=1) * POOLED_SCALE
