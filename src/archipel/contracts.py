@@ -55,13 +55,14 @@ class Conditioning:
         """The null condition of the same shape."""
         return Conditioning(self.tokens * 0, self.mask & False, self.pooled * 0, self.image)
 
-    def drop(self, dropped: Tensor) -> Conditioning:
-        """Replace the rows where ``dropped`` (B,) bool is True by the null condition (tokens and pooled together)."""
-        keep = ~dropped
+    def drop(self, dropped: Tensor, pooled: Tensor | None = None) -> Conditioning:
+        """Replace the rows where ``dropped`` (B,) bool is True by the null condition (tokens and pooled together; ``pooled``
+        (B,) bool: where the pooled vector is dropped instead)."""
+        keep, keep_pooled = ~dropped, ~(dropped if pooled is None else pooled)
         return Conditioning(
             self.tokens * keep[:, None, None].to(self.tokens.dtype),
             self.mask & keep[:, None],
-            self.pooled * keep[:, None].to(self.pooled.dtype),
+            self.pooled * keep_pooled[:, None].to(self.pooled.dtype),
             self.image,
         )
 

@@ -25,6 +25,7 @@ from archipel.run import MONOLITH, TRUNK, Run
 
 SHARD_SPLITS: tuple[Split, ...] = ("train", "validation")
 INIT = "init.safetensors"
+STILLS = ("first", "last")  # latents of a clip's first and last frame as stills, where expert.tasks gives frames
 _ROWS = 256  # rows held in memory at a time
 _CODES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
 
@@ -34,7 +35,9 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
 
     Tensors of ``train.safetensors`` and ``validation.safetensors`` (N may be 0 in the latter): latents f32
     (N, C, T, H, W), tokens f32 (N, L, D), mask bool (N, L), pooled f32 (N, P), cluster i64 (N,), row i64 (N,), the
-    clip's row in the manifest. Raises MissingStageError where the partition or a cache entry is missing.
+    clip's row in the manifest; further windows phases f32 (N, P - 1, C, T, H, W) in ``train`` only. Where ``expert.tasks``
+    gives frames: first, last f32 (N, C, H, W), and phases_first, phases_last (N, P - 1, C, H, W) beside phases.
+    Raises MissingStageError where the partition or a cache entry is missing, DamagedError where they do not fit.
 
     Where the run has a shared start that is trained, its weights go into each shard, and what the card says of them as
     "init": {"sha256", "flops", "steps"}.
@@ -47,6 +50,11 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
             raise DamagedError(
                 f"{entry.folder} has {entry.rows} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
             )
+    if run.config.expert.given_frames and not set(STILLS) <= set(latents.names):
+        raise DamagedError(
+            f"{latents.folder} has no latents of first and last frames, which expert.tasks = {list(run.config.expert.tasks)} "
+            "gives: run `archipel prepare` again"
+        )
     names = [*run.expert_names, MONOLITH]
     source, start = source_of(run, latents, text), _start(run)
     missing = [name for name in names if not _current(run, name, source, start)]
@@ -112,10 +120,12 @@ def _write_shard(
     there = _current(run, name, source, None)  # but for the shared start
     (folder / "card.json").unlink(missing_ok=True)  # until it is written again the folder claims nothing
     counts = {}
+    stills = STILLS if run.config.expert.given_frames else ()
     tensors: dict[str, Any] = {
-        "latents": latents["latents"],
+        **{key: latents[key] for key in ("latents", *stills)},
         **{key: text[key] for key in ("tokens", "mask", "pooled")},
     }
+    phases = [key for key in ("phases", *(f"phases_{still}" for still in stills)) if "phases" in latents.names]
     for split in SHARD_SPLITS:
         rows = np.array(rows_of(list(clips), split), np.int64)
         if name != MONOLITH:
@@ -124,7 +134,7 @@ def _write_shard(
         if there:
             continue
         # Further windows of a clip are for training only: validation is one number per clip, whatever they are.
-        more = {"phases": latents["phases"]} if split == "train" and "phases" in latents.names else {}
+        more = {key: latents[key] for key in phases} if split == "train" else {}
         write_rows(folder / f"{split}.safetensors", tensors | more, rows, {"cluster": cluster[rows], "row": rows})
     train = cluster[rows_of(list(clips), "train")]
     fields: dict[str, Any] = (

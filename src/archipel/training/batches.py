@@ -20,14 +20,16 @@ from archipel import store
 from archipel.cache import batch_rows
 from archipel.contracts import Conditioning
 from archipel.errors import ArchipelError, DamagedError, MissingStageError
-from archipel.flow import draws
+from archipel.flow import draws, given
 from archipel.flow.path import interpolate
 from archipel.flow.time import logit_normal, shift_time
 
 VALIDATION = 101  # purpose (see flow.draws) of the fixed noise of validation losses
+VALIDATION_TASK = 104  # and of which frames are given there, where a mix is validated at once
 _SECOND = 1 << 40  # added to an item's number each further time that one batch holds it
 _SHAPES = {"latents": (np.float32, 5), "tokens": (np.float32, 3), "mask": (np.bool_, 2), "pooled": (np.float32, 2)}
 _NUMBERS = ("cluster", "row")
+_STILLS = ("first", "last")  # (N, C, H, W), and phases_first, phases_last (N, P - 1, C, H, W): see ``flow.given``
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,21 @@ class Clips:
             if array is None or array.dtype != dtype or array.ndim != axes or len(array) != len(self):
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise DamagedError(f"{path}: {name} is {found}, expected {np.dtype(dtype)} with {axes} axes")
-        phases = self._arrays.get("phases")
-        if phases is not None:
-            wanted = (len(self), phases.shape[1] if phases.ndim > 1 else 0, *self.latent_shape)
-            if phases.dtype != np.float32 or phases.shape != wanted:
-                raise DamagedError(f"{path}: phases are {phases.dtype} {phases.shape}, expected float32 {wanted}")
+        C, _, H, W = self.latent_shape
+        self._check("phases", self.phases - 1, *self.latent_shape)
+        for name in _STILLS:
+            self._check(name, C, H, W)
+            if name in self._arrays:
+                self._check(f"phases_{name}", self.phases - 1, C, H, W, needed=self.phases > 1)
+
+    def _check(self, name: str, *shape: int, needed: bool = False) -> None:
+        """Raise DamagedError where an array that may be missing (not ``needed``) is not float32 (N, *shape)."""
+        array = self._arrays.get(name)
+        if array is None and not needed:
+            return
+        if array is None or array.dtype != np.float32 or array.shape != (len(self), *shape):
+            found = "missing" if array is None else f"{array.dtype} {array.shape}"
+            raise DamagedError(f"{self.path}: {name} are {found}, expected float32 {(len(self), *shape)}")
 
     def __len__(self) -> int:
         return len(self._arrays["latents"]) if "latents" in self._arrays else 0
@@ -83,7 +95,8 @@ class Clips:
     @property
     def phases(self) -> int:
         """Windows per clip, P: 1 and the further ones of ``phases`` (N, P - 1, C, T, H, W)."""
-        return 1 + (self._arrays["phases"].shape[1] if "phases" in self._arrays else 0)
+        found = self._arrays.get("phases")
+        return 1 if found is None or found.ndim < 2 else 1 + found.shape[1]
 
     def windows(self, rows: np.ndarray, phase: np.ndarray) -> Tensor:
         """Latents (B, C, T, H, W) of the rows at windows ``phase`` (B,) in [0, P)."""
@@ -91,6 +104,29 @@ class Clips:
         for place in np.flatnonzero(phase):
             latents[place] = self._arrays["phases"][rows[place], phase[place] - 1]
         return torch.from_numpy(latents)
+
+    @property
+    def stills(self) -> bool:
+        """Whether the shard has the latents of first and last frames, which image-to-video training gives."""
+        return all(name in self._arrays for name in _STILLS)
+
+    def given(self, rows: np.ndarray, phase: np.ndarray, tasks: Tensor) -> Tensor:
+        """The condition (B, C + 1, T, H, W) of the rows at windows ``phase`` (B,) with ``tasks`` (B,): see ``flow.given``.
+
+        Raises MissingStageError where the shard has no stills.
+        """
+        if not self.stills:
+            raise MissingStageError(
+                f"{self.path} has no latents of first and last frames, which expert.tasks gives: run `archipel prepare` and "
+                "`archipel partition` again"
+            )
+        stills = []
+        for name in _STILLS:
+            frames = np.array(self._arrays[name][rows])
+            for place in np.flatnonzero(phase):
+                frames[place] = self._arrays[f"phases_{name}"][rows[place], phase[place] - 1]
+            stills.append(torch.from_numpy(frames))
+        return given.condition(*stills, tasks, self.latent_shape[1])
 
     def take(self, rows: np.ndarray, device: str = "cpu") -> tuple[Tensor, Conditioning, Tensor]:
         """Latents (B, C, T, H, W), conditioning and cluster (B,) of the rows, as fresh tensors."""
@@ -145,21 +181,29 @@ def training_batch(
     *,
     shift: float | None,
     text_dropout: float,
+    pooled_dropout: float = -1.0,
+    tasks: Sequence[float] | None = None,
     device: str = "cpu",
     part: slice | None = None,
 ) -> Batch:
-    """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together; of a clip's
-    windows each is drawn alike. Times are logit-normal with ``shift``, or uniform on [0, 1] where it is None. ``part``
-    makes these of the batch's clips only, with the noise they have in the whole batch.
+    """The batch of a step: a function of (seed, step) and the shard. Text and pooled are dropped together, or, where
+    ``pooled_dropout`` is not negative, the pooled vector by a draw of its own; of a clip's windows each is drawn alike.
+    Times are logit-normal with ``shift``, or uniform on [0, 1] where it is None. ``tasks``: the mix (see ``flow.given``)
+    that each clip's task is drawn from, whose frames are ``cond.image``; None: there is none. ``part`` makes these of the
+    batch's clips only, with the noise they have in the whole batch.
     """
     rows = batch_rows(seed, step, size, len(clips))
     items = numbered(clips.items(rows))
     if part is not None:
         rows, items = rows[part], items[part]
     x0, cond, cluster = clips.take(rows, device)
+    phase = np.zeros(len(rows), np.int64)
     if clips.phases > 1:
-        phase = draws.uniforms(seed, items, step=step, purpose=draws.PHASE) * clips.phases
-        x0 = clips.windows(rows, phase.astype(np.int64)).to(device)
+        phase = (draws.uniforms(seed, items, step=step, purpose=draws.PHASE) * clips.phases).astype(np.int64)
+        x0 = clips.windows(rows, phase).to(device)
+    if tasks is not None:
+        drawn_tasks = given.pick(tasks, draws.uniforms(seed, items, step=step, purpose=draws.TASK))
+        cond = cond.given(clips.given(rows, phase, drawn_tasks).to(device))
     # One stream per item, in a fixed order: time, dropout, noise. Making a stream costs about as much as filling it.
     normals, uniforms = np.empty(len(rows)), np.empty(len(rows))
     eps = np.empty((len(rows), *clips.latent_shape), np.float32)
@@ -171,8 +215,12 @@ def training_batch(
     t = torch.special.ndtr(drawn) if shift is None else shift_time(logit_normal(drawn), shift)
     t = t.float().to(device)
     noise = torch.from_numpy(eps).to(device)
-    if text_dropout:
-        cond = cond.drop(torch.from_numpy(uniforms < text_dropout).to(device))
+    dropped = torch.from_numpy(uniforms < text_dropout).to(device)
+    if pooled_dropout >= 0:
+        apart = draws.uniforms(seed, items, step=step, purpose=draws.POOLED) < pooled_dropout
+        cond = cond.drop(dropped, torch.from_numpy(apart).to(device))
+    elif text_dropout:
+        cond = cond.drop(dropped)
     return Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t))
 
 
@@ -190,14 +238,27 @@ def shares(size: int, ranks: int, rank: int, micro: int) -> list[tuple[slice, fl
 
 
 def validation_batches(
-    clips: Clips, seed: int, t: float, *, bin_number: int, limit: int, chunk: int = 64, device: str = "cpu"
+    clips: Clips,
+    seed: int,
+    t: float,
+    *,
+    bin_number: int,
+    limit: int,
+    tasks: Sequence[float] | None = None,
+    chunk: int = 64,
+    device: str = "cpu",
 ) -> Iterator[Batch]:
-    """At most ``limit`` clips spread over the split, all at time ``t``, with noise fixed by (seed, bin, clip)."""
+    """At most ``limit`` clips spread over the split, all at time ``t``, with noise fixed by (seed, bin, clip), and so, by
+    a draw from the mix ``tasks``, which frames are given."""
     count = min(limit, len(clips))
     rows = np.unique(np.linspace(0, len(clips) - 1, count).round().astype(np.int64)) if count else np.empty(0, np.int64)
     for begin in range(0, len(rows), chunk):
         part = rows[begin : begin + chunk]
         x0, cond, cluster = clips.take(part, device)
+        if tasks is not None:
+            u = draws.uniforms(seed, clips.items(part), step=bin_number, purpose=VALIDATION_TASK)
+            found = clips.given(part, np.zeros(len(part), np.int64), given.pick(tasks, u))
+            cond = cond.given(found.to(device))
         drawn = draws.normals(seed, clips.items(part), clips.latent_shape, step=bin_number, purpose=VALIDATION)
         noise, times = torch.from_numpy(drawn).to(device), torch.full((len(part),), t, device=device)
         yield Batch(x0, noise, times, cond, cluster, interpolate(x0, noise, times))
