@@ -46,6 +46,7 @@ class _Score(_Part):
     with_text: Number | None = None
     without_text: Number | None = None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    tasks: dict[Literal["text", "head", "loop", "tail"], Number] | None = None
 
 
 class _Validation(_Part):

@@ -11,7 +11,7 @@ import numpy as np
 from archipel import FORMAT
 from archipel.backbones.router import load_router_network
 from archipel.config import RunConfig
-from archipel.routing import calibration, quality
+from archipel.routing import calibration, objective, quality
 from archipel.routing.calibration import nll
 from archipel.routing.objective import RouterObjective, answer, chosen
 from archipel.routing.router import seal
@@ -32,16 +32,17 @@ def measure(
     clips, on = Clips(validation), machine.pick_device(device)
     if not len(clips):
         return Measured(float("nan"), float("nan"), float("nan"), 0)
-    objective = RouterObjective(
+    held = RouterObjective(
         load_router_network(folder),
         Shard(clips, clips),
         config.partition.k,
         seed=config.run.seed,
         batch=1,
-        text_dropout=config.expert.text_dropout,
+        text_dropout=objective.dropout(config),
+        tasks=objective.tasks(config),
         device=on,
     )
-    loss = float(objective.validate()["loss"])
+    loss = float(held.validate()["loss"])
     labels = clips.take(chosen(clips))[2].numpy()
     shares = np.asarray(prior, np.float64)
     blind = min(
@@ -58,7 +59,8 @@ def calibrate(
     every clip counts as a group of its own."""
     clips, on, shares = Clips(validation), machine.pick_device(None), np.asarray(prior, np.float64)
     rows = chosen(clips)
-    draws = answer(load_router_network(folder).to(on), clips, rows, seed=config.run.seed, device=on)
+    network, mix = load_router_network(folder).to(on), objective.tasks(config)
+    draws = answer(network, clips, rows, seed=config.run.seed, tasks=mix, device=on)
     fitted = calibration.fit(draws, shares)
     groups = [str(item) for item in clips.items(rows)]
     fitted = first_do_no_harm(fitted, quality.measure(draws, shares, groups, fitted))

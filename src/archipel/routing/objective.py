@@ -7,6 +7,7 @@ they follow the data's cluster shares, and the minimum is p(k | x_t, t, c) witho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archipel.config import RunConfig
 from archipel.errors import DamagedError
-from archipel.flow import draws
+from archipel.flow import draws, given
 from archipel.flow.path import interpolate
 from archipel.routing.calibration import BINS, Draws
 from archipel.routing.router import Logits
@@ -27,14 +29,26 @@ _ANSWERS = 512  # a calibration bin has about so many noisy clips, at least _DRA
 _DRAWS = (2, 8)
 _CHUNK = 128
 # Purposes (see flow.draws) of the noise and the times that the router is calibrated on.
-_NOISE, _TIME = 102, 103
+_NOISE, _TIME, _TASK = 102, 103, 105
+
+
+def dropout(config: RunConfig) -> float:
+    """How often the router's caption is dropped: as often as the experts' pooled vector, which is all that it reads."""
+    part = config.expert
+    return part.text_dropout if part.pooled_dropout < 0 else part.pooled_dropout
+
+
+def tasks(config: RunConfig) -> tuple[float, ...] | None:
+    """The mix that the router's given frames are drawn from, the experts'; None where it is given none."""
+    return config.expert.tasks if config.router.reads_image else None
 
 
 class RouterObjective:
     """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Labels must lie in [0, experts).
 
     Times are uniform (DDM, section 3), not the experts' law: a sampler asks the router at t = 1 first, where that law
-    has next to no clips, and top-1 stays with what it hears there.
+    has next to no clips, and top-1 stays with what it hears there. ``tasks``: as in training.objective, for a router that
+    reads given frames; it is validated and calibrated on the mix.
     """
 
     def __init__(
@@ -46,11 +60,12 @@ class RouterObjective:
         seed: int,
         batch: int,
         text_dropout: float = 0.0,
+        tasks: Sequence[float] | None = None,
         device: str = "cpu",
     ) -> None:
         self.model, self.shard, self.experts = model.to(device), shard, experts
         self._seed, self.size, self._device = seed, batch, device
-        self._dropout = text_dropout
+        self._dropout, self._tasks = text_dropout, tasks
         self._times = [(number + 0.5) / TIMES for number in range(TIMES)]
 
     def batch(self, step: int, part: slice | None = None) -> Batch:
@@ -61,6 +76,7 @@ class RouterObjective:
             self.size,
             shift=None,
             text_dropout=self._dropout,
+            tasks=self._tasks,
             device=self._device,
             part=part,
         )
@@ -84,7 +100,13 @@ class RouterObjective:
         for number, t in enumerate(self._times):
             text, null = [], []
             for batch in validation_batches(
-                self.shard.validation, self._seed, t, bin_number=number, limit=CLIPS, device=self._device
+                self.shard.validation,
+                self._seed,
+                t,
+                bin_number=number,
+                limit=CLIPS,
+                tasks=self._tasks,
+                device=self._device,
             ):
                 logits = self.model(batch.x_t, batch.t, batch.cond).float()
                 text.append(F.cross_entropy(logits, batch.cluster, reduction="none"))
@@ -114,12 +136,20 @@ def chosen(clips: Clips) -> np.ndarray:
 
 @torch.no_grad()
 def answer(
-    network: Logits, clips: Clips, rows: np.ndarray, *, seed: int, bins: int = BINS, device: str = "cpu"
+    network: Logits,
+    clips: Clips,
+    rows: np.ndarray,
+    *,
+    seed: int,
+    bins: int = BINS,
+    tasks: Sequence[float] | None = None,
+    device: str = "cpu",
 ) -> Draws:
     """A router's logits on noisy versions of labelled clips, in equal bins of t, with and without their captions.
 
     Equal bins, not the training law: a sampler asks at every t. Within a bin a clip's draws are spread evenly. What a
-    clip is asked about is a function of (seed, number of the draw, clip) alone.
+    clip is asked about is a function of (seed, number of the draw, clip) alone; with ``tasks``, which of its frames are
+    given as well.
     """
     repeats = int(np.clip(_ANSWERS // max(len(rows), 1), *_DRAWS))
     total = bins * repeats
@@ -130,6 +160,8 @@ def answer(
     for begin in range(0, len(number), _CHUNK):
         part = slice(begin, begin + _CHUNK)
         x0, cond, _ = clips.take(rows[place[part]], device)
+        if tasks is not None:
+            cond = cond.given(_given(clips, number[part], rows[place[part]], tasks, seed).to(device))
         t, noise = _noise(clips, number[part], rows[place[part]], total, seed)
         times[part] = t.double().numpy()
         t, noise = t.to(device), noise.to(device)
@@ -139,6 +171,13 @@ def answer(
     shape = (bins, repeats, len(rows))
     logits = np.concatenate(parts, 1) if parts else np.empty((2, 0, 1))
     return Draws(logits.reshape(2, *shape, logits.shape[-1]), times.reshape(shape), cluster.numpy())
+
+
+def _given(clips: Clips, number: np.ndarray, rows: np.ndarray, tasks: Sequence[float], seed: int) -> Tensor:
+    """The frames (B, C + 1, T, H, W) that draw ``number`` of each row is given."""
+    pairs = zip(number.tolist(), clips.items(rows), strict=True)
+    u = np.array([draws.uniforms(seed, [item], step=step, purpose=_TASK)[0] for step, item in pairs])
+    return clips.given(rows, np.zeros(len(rows), np.int64), given.pick(tasks, u))
 
 
 def _noise(clips: Clips, number: np.ndarray, rows: np.ndarray, total: int, seed: int) -> tuple[Tensor, Tensor]:

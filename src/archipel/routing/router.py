@@ -131,4 +131,9 @@ def load_router(run: Run, folder: Path | None = None, *, uncalibrated: bool = Fa
         raise DamagedError(f"{folder} routes to {network.experts} experts, the run has {k}")
     if network.reads != run.config.router.reads:
         raise DamagedError(f"{folder} reads {network.reads}, run.toml has router.reads = {run.config.router.reads!r}")
+    if getattr(network, "image", False) != run.config.router.reads_image:
+        raise DamagedError(
+            f"{folder} {'reads' if getattr(network, 'image', False) else 'does not read'} given frames, run.toml has "
+            f"router.reads_image = {str(run.config.router.reads_image).lower()}"
+        )
     return CalibratedRouter(network, calibration or plain, fitted=calibration is not None)

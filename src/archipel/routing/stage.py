@@ -15,7 +15,7 @@ from archipel.errors import ArchipelError, DamagedError
 from archipel.manifest import read_manifest
 from archipel.partition.shards import whole
 from archipel.progress import Progress, StopFlag, log_to
-from archipel.routing import calibration, quality
+from archipel.routing import calibration, objective, quality
 from archipel.routing.objective import RouterObjective, answer, chosen
 from archipel.routing.router import (
     CALIBRATION,
@@ -78,7 +78,8 @@ def train_router(
             config.partition.k,
             seed=config.run.seed,
             batch=job.batch,
-            text_dropout=config.expert.text_dropout,
+            text_dropout=objective.dropout(config),
+            tasks=objective.tasks(config),
             device=on,
         )
 
@@ -144,7 +145,8 @@ def _calibrate(run: Run, bar: Progress, device: str) -> None:
     manifest = read_manifest(run.manifest)
     groups = [manifest[item].group for item in clips.items(rows)]
     network = load_router_network(folder).to(device)
-    draws = answer(network, clips, rows, seed=run.config.run.seed, device=device)
+    mix = objective.tasks(run.config)
+    draws = answer(network, clips, rows, seed=run.config.run.seed, tasks=mix, device=device)
     bar.advance()
     fitted = calibration.fit(draws, prior)
     bar.advance()

@@ -65,6 +65,12 @@ def measure(config: RunConfig, folder: Path, validation: Path, device: str | Non
 def _validate(config: RunConfig, model: Denoiser, clips: Clips, device: str) -> dict[str, Any]:
     # `validate` looks at the validation clips only: the training clips need not be here at all.
     objective = FlowObjective(
-        model, Shard(clips, clips), seed=config.run.seed, batch=1, shift=config.expert.shift, device=device
+        model,
+        Shard(clips, clips),
+        seed=config.run.seed,
+        batch=1,
+        shift=config.expert.shift,
+        tasks=config.expert.tasks if config.expert.given_frames else None,
+        device=device,
     )
     return objective.validate()

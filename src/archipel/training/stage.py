@@ -79,6 +79,8 @@ def train(
             batch=job.batch,
             shift=config.expert.shift,
             text_dropout=config.expert.text_dropout,
+            pooled_dropout=config.expert.pooled_dropout,
+            tasks=config.expert.tasks if config.expert.given_frames else None,
             device=on,
         )
 
