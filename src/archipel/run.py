@@ -18,6 +18,11 @@ TRUNK = (
 DAMAGED = "damaged"  # stands where a version would, for a part that is there and cannot be used
 
 
+def begins_with_base(config: RunConfig) -> bool:
+    """Whether experts and monolith begin with (or are adapters of) the weights in ``base/``, which every job then needs."""
+    return bool(config.expert.weights or config.expert.lora_rank)
+
+
 def _folder_hint(path: Path) -> str:
     return f", {path.parent}" if path.name == "run.toml" else ""
 
@@ -90,6 +95,11 @@ class Run:
     def codec(self) -> Path:
         """The fitted codec: needed to generate, small, and therefore apart from the cache."""
         return self.root / "codec"
+
+    @property
+    def base(self) -> Path:
+        """Weights that every expert begins with or is an adapter of, where the run has such (``begins_with_base``)."""
+        return self.root / "base"
 
     @property
     def partition(self) -> Path:
