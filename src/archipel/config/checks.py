@@ -87,6 +87,7 @@ def check(config: RunConfig) -> None:
             "such as a tenth of monolith.steps"
         )
     _check_tasks(config)
+    _check_base(config)
     if clips.source == "shapes":
         check_count(config, clips.count or 240)
     _check_circle(config)
@@ -116,6 +117,32 @@ def _check_tasks(config: RunConfig) -> None:
         raise ConfigError(
             f"router.reads_image = true, but expert.tasks = {list(tasks)} never gives a frame: set it to false, or give "
             "frames a share, such as [1, 5, 1, 1]"
+        )
+
+
+def _check_base(config: RunConfig) -> None:
+    """What experts begin with, or are adapters of: one thing, and one that can learn what is asked of it."""
+    part = config.expert
+    if part.weights and part.warm_start:
+        raise ConfigError(
+            f"expert.weights = {part.weights!r} and expert.warm_start = {part.warm_start!r} are both a start: leave one of them out"
+        )
+    if not part.lora_rank:
+        return
+    if not part.weights and not part.warm_start:
+        raise ConfigError(
+            f"expert.lora_rank = {part.lora_rank} makes experts adapters of weights, and there are none: set expert.weights, or "
+            "expert.warm_start = 'trunk' with expert.trunk_steps"
+        )
+    if part.weights and any(part.tasks[1:]):
+        raise ConfigError(
+            f"expert.tasks = {list(part.tasks)} gives frames to a network whose projection of them is frozen "
+            f"(expert.lora_rank = {part.lora_rank}) and knows none yet: use expert.lora_rank = 0, or a trunk that learns it"
+        )
+    if config.monolith.condition == "cluster":
+        raise ConfigError(
+            "monolith.condition = 'cluster' needs a projection that learns the cluster, which adapters leave frozen: use "
+            "expert.lora_rank = 0, or monolith.condition = 'none'"
         )
 
 
