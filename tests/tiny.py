@@ -92,7 +92,7 @@ def tiny_transformer(name: str, folder: Path, *, seed: int = 0, **more: Any) -> 
     return folder
 
 
-def tiny_text(rows: int = 2, tokens: int = 6, *, text: int = TEXT, pooled: int = POOLED, seed: int = 1) -> Any:
+def tiny_cond(rows: int = 2, tokens: int = 6, *, text: int = TEXT, pooled: int = POOLED, seed: int = 1) -> Any:
     """A ``Conditioning`` of random text; the last row has two padding tokens, which are zero."""
     from archipel.contracts import Conditioning
 

@@ -6,11 +6,12 @@ names); what diffusers has no word for (prediction, latent and text shapes, role
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from archipel.flow.convert import velocity_from_x0
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _READS = 5
-_MAX_LAYERS = 1000  # a stranger's config.json must not make us build forever
 
 
 class Backbone(nn.Module, ABC):
@@ -33,13 +33,13 @@ class Backbone(nn.Module, ABC):
     ``network``: the diffusers model; ``facts``: JSON-able extras for the card (role, latent_shape, ...).
     """
 
-    network: nn.Module
+    network: Any  # diffusers' model
     facts: dict[str, Any]
 
     def blocks(self) -> list[nn.Module]:
         """The network's repeated blocks, in order: what is held, gathered and let go together where it is sharded."""
-        names = set(getattr(self.network, "_no_split_modules", None) or ())  # diffusers' own list of class names
-        return [module for module in self.network.modules() if type(module).__name__ in names]
+        lists = [child for child in self.network.children() if isinstance(child, nn.ModuleList)]
+        return [block for child in lists for block in child]
 
     @abstractmethod
     def ends(self) -> list[nn.Module]:
@@ -51,14 +51,53 @@ class Backbone(nn.Module, ABC):
 
 
 class Denoiser(Backbone, ABC):
-    """A network that denoises; itself a ``Velocity``: ``denoiser(x, t, cond)`` is ``denoiser.velocity(x, t, cond)``."""
+    """A network that denoises; itself a ``Velocity``: ``denoiser(x, t, cond)`` is ``denoiser.velocity(x, t, cond)``.
 
-    prediction: str  # "velocity" or "x0": what ``predict`` returns
-    clusters: int = 0  # K where ``cond.pooled`` has the clip's cluster behind the text (see ``flux.add_cluster``)
+    An adapter gives ``CLASS``, ``INPUT``, ``output`` and ``ends``, and where it must ``POOLED``, ``ZEROED``, ``settle`` and
+    ``PREDICTIONS``.
+    ``facts``: {"role": "expert", "prediction", "latent_shape": [C, T, H, W], "text_shape": [L, D, P]}; and where they
+    are so {"condition": "cluster", "clusters": K}, {"image": True} (the network reads C + 1 channels more, see
+    ``joined``), {"patch": p} (positions per side in one token, where ``config.json`` has no word for it) and
+    {"mask_text": False} (padding is attended to, as diffusers' own pipeline of this class does).
+    """
+
+    CLASS: ClassVar[str]  # diffusers' class
+    INPUT: ClassVar[
+        str
+    ]  # the weight (D, C_in, ...) that latents enter by; a packed channel's positions lie side by side
+    POOLED: ClassVar[str] = ""  # the weight (D, P) that the pooled vector enters by, where it does
+    PREDICTIONS: ClassVar[tuple[str, ...]] = ("velocity", "x0")
+    # Parameters (regular expression, from the start of the name) that are zero in fresh weights: see ``zero_start``.
+    ZEROED: ClassVar[str] = r"proj_out\.|.*norm.*\.linear\."
+
+    prediction: str  # what ``predict`` returns
+    clusters: int  # K where ``cond.pooled`` has the clip's cluster behind the text (see ``flux.add_cluster``)
+    image: bool  # whether the network reads given frames behind the latents
+    mask_text: bool  # whether padding of the text is masked
+
+    def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.facts = network, dict(facts)
+        self.prediction, self.clusters = str(facts["prediction"]), int(facts.get("clusters", 0))
+        self.image, self.mask_text = bool(facts.get("image", False)), bool(facts.get("mask_text", True))
+
+    @classmethod
+    def settle(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration and tensors of released weights as this adapter uses them (parts that it has no use for left out)."""
+        return config, tensors
 
     @abstractmethod
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The raw network, all that an adapter computes: x (B, C_in, T, H, W), t (B,) in [0, 1] with 1 = noise ->
+        (B, C, T, H, W). C_in is C, or 2 C + 1 where ``image`` (given frames and their mask are already joined)."""
+
+    def joined(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """What the network reads: x (B, C, T, H, W), and where ``image``, behind it ``cond.image`` or zeros."""
+        return joined(x, cond) if self.image else x
+
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The raw network: x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise -> like x. Losses are taken on it."""
+        """The network's answer: x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise -> like x. Losses are taken on it."""
+        return self.output(self.joined(x, cond), t, cond)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The contract: the prediction as dx/dt. A prediction of x0 becomes v = (x_t - x0_hat) / t (method.md 8.9)."""
@@ -69,21 +108,35 @@ class Denoiser(Backbone, ABC):
         return self.velocity(x, t, cond)
 
 
+def joined(x: Tensor, cond: Conditioning) -> Tensor:
+    """x (B, C, T, H, W) and behind it, on the channels, ``cond.image`` (B, C + 1, T, H, W) or zeros."""
+    B, C, *space = x.shape
+    given = x.new_zeros(B, C + 1, *space) if cond.image is None else cond.image.to(x)
+    return torch.cat([x, given], dim=1)
+
+
 def flux_ends(network: Any) -> list[nn.Module]:
     """``Backbone.ends`` of a ``FluxTransformer2DModel``. Its residual stream has the dtype that ``x_embedder`` gives."""
     return [network.x_embedder, network.context_embedder, network.time_text_embed, network.proj_out]
 
 
-def zero_modulation(network: nn.Module) -> None:
+@torch.no_grad()
+def zero_start(network: nn.Module, pattern: str = Denoiser.ZEROED) -> None:
     """Zero the output projection and every modulation, so that each block starts as the identity and the output as 0.
 
-    As in adaLN-Zero (Peebles and Xie, arXiv 2212.09748, section 3.2); diffusers leaves them at random.
+    As in adaLN-Zero (Peebles and Xie, arXiv 2212.09748, section 3.2); diffusers leaves them at random. ``pattern``: an
+    adapter's ``ZEROED``, which also names what no gate holds back (the projection out of a cross-attention).
     """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear) and (name == "proj_out" or (name.endswith(".linear") and "norm" in name)):
-            nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        if re.match(pattern, name):
+            parameter.zero_()
+
+
+def widened(state: Mapping[str, Tensor], name: str, inputs: int) -> dict[str, Tensor]:
+    """Weights whose ``name`` (D, n, ...) reads ``inputs`` >= n channels, the last of which it ignores (zeros)."""
+    weight = state[name]
+    more = weight.new_zeros(weight.shape[0], inputs - weight.shape[1], *weight.shape[2:])
+    return {**state, name: torch.cat([weight, more], 1)}
 
 
 def save(backbone: Backbone, folder: Path, state: Mapping[str, np.ndarray] | None = None) -> tuple[str, str]:
@@ -153,37 +206,3 @@ def _read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, An
         raise DamagedError(f"{folder}: card.json has no 'network', or {CONFIG} is not an object")
     mapped = store.map_tensors(folder / WEIGHTS)
     return facts, config, {name: torch.tensor(array) for name, array in mapped.items()}
-
-
-def build_flux(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> nn.Module:
-    """The ``FluxTransformer2DModel`` of a configuration, filled with ``tensors``.
-
-    It is built without memory and compared with the tensors by name and shape first: a configuration that does not
-    fit its weights, a stranger's one of absurd size included, raises DamagedError before anything is allocated.
-    """
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    if config.get("_class_name") != "FluxTransformer2DModel":
-        raise DamagedError(
-            f"{folder / CONFIG}: _class_name is {config.get('_class_name')!r}, not FluxTransformer2DModel"
-        )
-    for key in ("num_layers", "num_single_layers"):
-        count = config.get(key, 0)
-        if not isinstance(count, int) or not 0 <= count <= _MAX_LAYERS:
-            raise DamagedError(f"{folder / CONFIG}: {key} is {count!r}, expected 0 to {_MAX_LAYERS}")
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    try:
-        with torch.device("meta"):
-            network: nn.Module = FluxTransformer2DModel(**known)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DamagedError(f"{folder / CONFIG} does not describe a FluxTransformer2DModel ({error})") from error
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if wanted != found:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise DamagedError(
-            f"{folder / WEIGHTS} does not fit {CONFIG}: {len(odd)} tensors differ, first {odd[0]!r}: "
-            f"the configuration wants {wanted.get(odd[0])}, the file has {found.get(odd[0])}"
-        )
-    network.load_state_dict(tensors, assign=True)
-    return network.requires_grad_(False).eval()

@@ -1,8 +1,9 @@
-"""The expert: diffusers' ``FluxTransformer2DModel`` on video latents, one token per latent position (1x1x1 packing).
+"""The expert: diffusers' ``FluxTransformer2DModel`` on video latents, a token per latent position or per square of them.
 
-What the adapter adds, and nothing else: ids (t, h, w) for RoPE, a mask over text padding (without it diffusers attends
-to padding), and t in [0, 1] (diffusers multiplies by 1000 itself). Source: Paris 2.0 (arXiv 2605.26064), whose experts
-are Flux MM-DiTs on packed video latents; Open-Sora 2.0 (arXiv 2503.09642) for the ids.
+What the adapter adds, and nothing else: packing, ids (t, h, w) for RoPE, a mask over text padding (without it diffusers
+attends to padding), and t in [0, 1] (diffusers multiplies by 1000 itself). Source: Paris 2.0 (arXiv 2605.26064), whose
+experts are Flux MM-DiTs on packed video latents; Open-Sora 2.0 (arXiv 2503.09642) for the ids; diffusers'
+``FluxPipeline._pack_latents`` for the order of channels in a token.
 """
 
 from __future__ import annotations
@@ -12,20 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from archipel.backbones import base
+from archipel.backbones import base, registry
+from archipel.backbones.registry import load_denoiser
 from archipel.config import RunConfig
 from archipel.contracts import Conditioning, Velocity
-from archipel.errors import DamagedError
 
-_POOLED = "time_text_embed.text_embedder.linear_1.weight"  # (D, P): what the pooled vector enters by
+__all__ = [
+    "FluxDenoiser",
+    "add_cluster",
+    "build_expert",
+    "load_denoiser",
+    "pack",
+    "text_ids",
+    "unpack",
+    "video_ids",
+    "widened",
+    "with_cluster",
+]
+
+_GUIDANCE = "time_text_embed.guidance_embedder."
 
 
 @lru_cache(maxsize=16)
 def video_ids(frames: int, height: int, width: int, device: torch.device) -> Tensor:
-    """RoPE ids (N, 3) float32 of a latent video, in the order of ``pack``: t slowest, w fastest."""
+    """RoPE ids (N, 3) float32 of a video of tokens, in the order of ``pack``: t slowest, w fastest."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (frames, height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
@@ -36,44 +49,64 @@ def text_ids(tokens: int, device: torch.device) -> Tensor:
     return torch.zeros(tokens, 3, device=device)
 
 
-def pack(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, N, C), N = T H W."""
-    return x.flatten(2).transpose(1, 2)
+def pack(x: Tensor, patch: int = 1) -> Tensor:
+    """(B, C, T, H, W) -> (B, N, C p p), N = T H W / (p p): a token is p x p positions, channel slowest within it."""
+    if patch == 1:
+        return x.flatten(2).transpose(1, 2)
+    B, C, T, H, W = x.shape
+    parts = x.reshape(B, C, T, H // patch, patch, W // patch, patch).permute(0, 2, 3, 5, 1, 4, 6)
+    return parts.reshape(B, T * (H // patch) * (W // patch), C * patch * patch)
 
 
-def unpack(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, N, C) -> the shape of ``like`` (B, C, T, H, W)."""
-    return tokens.transpose(1, 2).reshape(like.shape)
+def unpack(tokens: Tensor, like: Tensor, patch: int = 1) -> Tensor:
+    """(B, N, C p p) -> (B, C, T, H, W), of which ``like`` has all but C."""
+    B, _, T, H, W = like.shape
+    if patch == 1:
+        return tokens.transpose(1, 2).reshape(B, -1, T, H, W)
+    parts = tokens.reshape(B, T, H // patch, W // patch, -1, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
+    return parts.reshape(B, -1, T, H, W)
 
 
 class FluxDenoiser(base.Denoiser):
-    """``facts``: {"role": "expert", "prediction", "latent_shape": [C, T, H, W], "text_shape": [L, D, P]}; and {"condition":
-    "cluster", "clusters": K} where pooled vectors of P + K numbers are read (see ``add_cluster``)."""
+    """``facts["patch"]``: positions per side in one token (default 1). See ``base.Denoiser``."""
+
+    CLASS = "FluxTransformer2DModel"
+    INPUT = "x_embedder.weight"
+    POOLED = "time_text_embed.text_embedder.linear_1.weight"
 
     def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
-        super().__init__()
-        self.network, self.facts, self.prediction = network, dict(facts), str(facts["prediction"])
-        self.clusters = int(facts.get("clusters", 0))
+        super().__init__(network, facts)
+        self.patch = int(facts.get("patch", 1))
+
+    @classmethod
+    def settle(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Without the embedder of FLUX.1-dev's distilled guidance: the network then gives its one prediction."""
+        kept = {name: value for name, value in tensors.items() if not name.startswith(_GUIDANCE)}
+        return {**config, "guidance_embeds": False}, kept
 
     def ends(self) -> list[nn.Module]:
         return base.flux_ends(self.network)
 
-    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, T, H, W) float, t (B,) in [0, 1], one shape per batch -> like x; padding has no effect."""
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C_in, T, H, W) float, t (B,) in [0, 1], one shape per batch; masked padding has no effect."""
         B, _, T, H, W = x.shape
-        mask = torch.cat([cond.mask, cond.mask.new_ones(B, T * H * W)], dim=1)[:, None, None, :]
+        tokens = pack(x, self.patch)
+        extra = {}
+        if self.mask_text:
+            mask = torch.cat([cond.mask, cond.mask.new_ones(B, tokens.shape[1])], dim=1)[:, None, None, :]
+            extra["joint_attention_kwargs"] = {"attention_mask": mask}
         (output,) = self.network(
-            hidden_states=pack(x),
+            hidden_states=tokens,
             encoder_hidden_states=cond.tokens,
             pooled_projections=cond.pooled,
             timestep=t,
-            img_ids=video_ids(T, H, W, x.device),
+            img_ids=video_ids(T, H // self.patch, W // self.patch, x.device),
             txt_ids=text_ids(cond.tokens.shape[1], x.device),
             guidance=None,
-            joint_attention_kwargs={"attention_mask": mask},
             return_dict=False,
+            **extra,
         )
-        return unpack(output, x)
+        return unpack(output, x, self.patch)
 
 
 # --- a network that is told the cluster --------------------------------------------------------------------------------
@@ -128,56 +161,16 @@ def build_expert(
     seed: int,
     *,
     clusters: int = 0,
-) -> FluxDenoiser:
-    """A fresh expert (or monolith) on the CPU: a function of the configuration and ``seed``; its output is zero.
-
-    latent_shape is (C, T, H, W). ``clusters``: K for a network that is told the cluster; what reads it starts at zero, and
-    all else is as without. The global random state is left as it was.
-    """
-    part = config.expert
-
-    def build(pooled: int) -> Any:
-        return FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=latent_shape[0],
-            num_layers=part.double_blocks,
-            num_single_layers=part.single_blocks,
-            attention_head_dim=part.width // part.heads,
-            num_attention_heads=part.heads,
-            joint_attention_dim=text_width,
-            pooled_projection_dim=pooled,
-            guidance_embeds=False,
-            axes_dims_rope=part.rope_axes,
-        )
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU one only
-        network = build(pooled_width)
-        base.zero_modulation(network)
-        if clusters:
-            state = widened(network.state_dict(), clusters)
-            network = build(pooled_width + clusters)
-            network.load_state_dict(state)
-    text = [text_tokens, text_width, pooled_width]
-    facts = {"role": "expert", "prediction": part.prediction, "latent_shape": list(latent_shape), "text_shape": text}
-    return FluxDenoiser(network, facts | ({"condition": "cluster", "clusters": clusters} if clusters else {}))
+) -> base.Denoiser:
+    """``registry.build_expert``, held to the shapes that it is built for. Raises ValueError where run.toml has others."""
+    asked = [list(latent_shape), [text_tokens, text_width, pooled_width]]
+    denoiser = registry.build_expert(config, seed=seed, clusters=clusters)
+    known = [denoiser.facts["latent_shape"], denoiser.facts["text_shape"]]
+    if asked != known:
+        raise ValueError(f"latents and text {asked} are not those of the configuration, {known}")
+    return denoiser
 
 
 def widened(state: dict[str, Tensor], clusters: int) -> dict[str, Tensor]:
     """Weights for a network that is told one of ``clusters`` clusters, which computes the same whatever it is told."""
-    weight = state[_POOLED]
-    return {**state, _POOLED: torch.cat([weight, weight.new_zeros(len(weight), clusters)], 1)}
-
-
-def load_denoiser(folder: Path) -> FluxDenoiser:
-    """A trained expert or monolith on the CPU, in eval mode. Raises MissingStageError, DamagedError."""
-    facts, config, tensors = base.read_folder(folder, f"train RUN {folder.name}")
-    if facts.get("role") != "expert" or facts.get("prediction") not in ("velocity", "x0"):
-        raise DamagedError(f"{folder / 'card.json'}: network = {facts!r} does not describe an expert")
-    clusters, text = facts.get("clusters", 0), facts.get("text_shape")
-    told = type(clusters) is int and clusters > 0 if facts.get("condition", "none") == "cluster" else clusters == 0
-    if not told or (clusters and text and config.get("pooled_projection_dim") != text[-1] + clusters):
-        raise DamagedError(
-            f"{folder / 'card.json'}: condition and clusters of network = {facts!r} do not fit its weights"
-        )
-    return FluxDenoiser(base.build_flux(config, tensors, folder), facts).eval()
+    return base.widened(state, FluxDenoiser.POOLED, state[FluxDenoiser.POOLED].shape[1] + clusters)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from archipel.backbones import base
-from archipel.backbones.flux import pack, text_ids, video_ids
+from archipel.backbones import base, networks, registry
+from archipel.backbones.flux import FluxDenoiser, pack, text_ids, video_ids
 from archipel.config import Reads, RunConfig
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError
@@ -30,22 +29,25 @@ def _pure_noise(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class FluxRouter(base.Backbone):
-    """``router(x, t, cond) -> logits``. ``facts``: {"role": "router", "experts": K, "latent_shape", "text_shape"[, "reads"]}.
+    """``router(x, t, cond) -> logits``. ``facts``: {"role": "router", "experts": K, "latent_shape", "text_shape"}, and where
+    they are so "reads", {"patch": p} and {"image": True} (as in ``base.Denoiser``).
 
     ``reads``, in training as in use: "latent": every caption is taken as the null text; "text": every clip is taken as one
-    fixed noise at t = 1, where p(k | x_t, t, c) is p(k | c).
+    fixed noise at t = 1, where p(k | x_t, t, c) is p(k | c). Given frames are read in both.
     """
 
     def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.facts, self.experts = network, dict(facts), int(facts["experts"])
-        self.reads = str(facts.get("reads", "both"))
+        self.reads, self.patch = str(facts.get("reads", "both")), int(facts.get("patch", 1))
+        self.image = bool(facts.get("image", False))
 
     def ends(self) -> list[nn.Module]:
         return base.flux_ends(self.network)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise; of ``cond`` only ``pooled`` (B, P) -> logits (B, K)."""
+        """x (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise; of ``cond`` only ``pooled`` (B, P), and ``image`` where it
+        reads given frames -> logits (B, K)."""
         B, _, T, H, W = x.shape
         pooled = cond.pooled
         if self.reads == "latent":
@@ -53,11 +55,11 @@ class FluxRouter(base.Backbone):
         elif self.reads == "text":
             x, t = _pure_noise(tuple(x.shape[1:]), x.device).to(x.dtype).expand_as(x), torch.ones_like(t)
         (output,) = self.network(
-            hidden_states=pack(x),
+            hidden_states=pack(base.joined(x, cond) if self.image else x, self.patch),
             encoder_hidden_states=cond.tokens.new_zeros(B, 0, cond.tokens.shape[-1]),
             pooled_projections=pooled,
             timestep=t,
-            img_ids=video_ids(T, H, W, x.device),
+            img_ids=video_ids(T, H // self.patch, W // self.patch, x.device),
             txt_ids=text_ids(0, x.device),
             guidance=None,
             return_dict=False,
@@ -74,33 +76,28 @@ def build_router(
     pooled_width: int,
     seed: int,
 ) -> FluxRouter:
-    """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform."""
-    part = config.router
+    """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform.
+
+    Raises ValueError where the shapes are not those of the configuration.
+    """
+    asked, facts = [list(latent_shape), [text_tokens, text_width, pooled_width]], networks.router_facts(config)
+    if asked != [facts["latent_shape"], facts["text_shape"]]:
+        raise ValueError(f"latents and text {asked} are not those of the configuration, {facts}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU one only
-        network = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=latent_shape[0],
-            out_channels=config.partition.k,
-            num_layers=0,
-            num_single_layers=part.blocks,
-            attention_head_dim=part.width // part.heads,
-            num_attention_heads=part.heads,
-            joint_attention_dim=text_width,
-            pooled_projection_dim=pooled_width,
-            guidance_embeds=False,
-            axes_dims_rope=part.rope_axes,
-        )
-        base.zero_modulation(network)
-    text = [text_tokens, text_width, pooled_width]
-    facts = {"role": "router", "experts": config.partition.k, "latent_shape": list(latent_shape), "text_shape": text}
-    return FluxRouter(network, facts | ({} if part.reads == "both" else {"reads": part.reads}))
+        network = registry.build_network(networks.router_network(config))
+        base.zero_start(network)
+    return FluxRouter(network, facts)
 
 
 def load_router_network(folder: Path) -> FluxRouter:
     """A trained router on the CPU, in eval mode. Raises MissingStageError, DamagedError."""
     facts, config, tensors = base.read_folder(folder, "train RUN router")
-    network = base.build_flux(config, tensors, folder)
+    if config.get("_class_name") != FluxDenoiser.CLASS:
+        raise DamagedError(
+            f"{folder / base.CONFIG}: _class_name is {config.get('_class_name')!r}, not {FluxDenoiser.CLASS}"
+        )
+    network = registry.build_network(config, tensors, folder / base.CONFIG, folder / base.WEIGHTS)
     known = facts.get("role") == "router" and facts.get("reads", "both") in get_args(Reads)
     if not known or facts.get("experts") != config.get("out_channels"):
         raise DamagedError(f"{folder / 'card.json'}: network = {facts!r} does not describe this router")
