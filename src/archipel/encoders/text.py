@@ -54,7 +54,7 @@ class MiniLM:
                     local_files_only=True,
                     dtype=torch.float32,
                 ).eval()
-        self._model = model
+        self.model = model
         # tokenizer.json pads to 128 and cuts at 128 by itself: both are taken off first.
         self._whole = Tokenizer.from_str(tokenizer)
         self._whole.no_padding()
@@ -83,8 +83,8 @@ class MiniLM:
         encodings = self._tokenizer.encode_batch(captions)
         ids = torch.tensor([encoding.ids for encoding in encodings])
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-        on = self._model.device
-        hidden: Tensor = self._model(input_ids=ids.to(on), attention_mask=mask.to(on)).last_hidden_state.float().cpu()
+        on = self.model.device
+        hidden: Tensor = self.model(input_ids=ids.to(on), attention_mask=mask.to(on)).last_hidden_state.float().cpu()
         tokens = hidden * mask[:, :, None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True)
         pooled = torch.nn.functional.normalize(mean, dim=1) * POOLED_SCALE
