@@ -135,7 +135,7 @@ def zero_start(network: nn.Module, pattern: str = Denoiser.ZEROED) -> None:
 def widened(state: Mapping[str, Tensor], name: str, inputs: int) -> dict[str, Tensor]:
     """Weights whose ``name`` (D, n, ...) reads ``inputs`` >= n channels, the last of which it ignores (zeros)."""
     weight = state[name]
-    more = weight.new_zeros(weight.shape[0], inputs - weight.shape[1], *weight.shape[2:])
+    more = weight.new_zeros(weight.shape[0], max(0, inputs - weight.shape[1]), *weight.shape[2:])
     return {**state, name: torch.cat([weight, more], 1)}
 
 

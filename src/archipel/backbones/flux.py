@@ -9,7 +9,6 @@ experts are Flux MM-DiTs on packed video latents; Open-Sora 2.0 (arXiv 2503.0964
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch

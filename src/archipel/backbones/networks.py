@@ -191,11 +191,6 @@ def patch(network: Network, packed: int = 1) -> tuple[int, int, int]:
 # --- what a run asks for -----------------------------------------------------------------------------------------------
 
 
-def reads_image(config: RunConfig) -> bool:
-    """Whether experts and monolith are given frames to begin or end with."""
-    return any(config.expert.tasks[1:])
-
-
 def expert_network(config: RunConfig, *, clusters: int = 0, image: bool | None = None) -> Network:
     """The network of an expert, or with ``clusters`` that of a monolith that is told one of so many clusters.
 
@@ -212,7 +207,7 @@ def expert_network(config: RunConfig, *, clusters: int = 0, image: bool | None =
         network = complete({**config.expert.network, "_class_name": name})
     else:
         network = complete({"_class_name": name, **_builder(config.expert.backbone)(config)})
-    if reads_image(config) if image is None else image:
+    if config.expert.given_frames if image is None else image:
         channels = flops.latent_shape(config)[0] + 1
         if name in _PACKED:
             channels *= math.prod(patch(network, config.expert.patch))
@@ -268,7 +263,7 @@ def expert_facts(config: RunConfig, clusters: int = 0) -> dict[str, Any]:
         facts |= {"condition": "cluster", "clusters": clusters}
     if flux and config.expert.patch > 1:
         facts["patch"] = config.expert.patch
-    if reads_image(config):
+    if config.expert.given_frames:
         facts["image"] = True
     if flux and config.expert.weights:  # released weights were trained with all of the padding in sight
         facts["mask_text"] = False

@@ -152,18 +152,21 @@ def build_expert(config: RunConfig, *, seed: int, clusters: int = 0) -> base.Den
         base.zero_start(network, kind.ZEROED)
         told = networks.expert_network(config, clusters=clusters)
         if told != plain:
-            state = widened(network.state_dict(), told)
+            state = widened(network.state_dict(), plain, told)
             network = build_network(told)
             network.load_state_dict(state)
     return kind(network, networks.expert_facts(config, clusters))
 
 
-def widened(state: dict[str, Tensor], network: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a network without given frames or cluster, for ``network`` with them: what reads them is zero."""
-    kind, wanted = adapter(network["_class_name"]), meta_shapes(network)
+def widened(state: dict[str, Tensor], plain: dict[str, Any], told: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of the network ``plain`` for ``told``, which reads given frames or the cluster as well: what reads them is zero.
+
+    Weights that know them already stay as they are; others, too, for whoever compares shapes to name.
+    """
+    kind, before, after = adapter(told["_class_name"]), meta_shapes(plain), meta_shapes(told)
     for name in filter(None, (kind.INPUT, kind.POOLED)):
-        if name in state and state[name].shape[1] < wanted[name][1]:
-            state = base.widened(state, name, wanted[name][1])
+        if name in state and tuple(state[name].shape) == before[name] != after[name]:
+            state = base.widened(state, name, after[name][1])
     return state
 
 

@@ -37,13 +37,12 @@ class Silent(Denoiser):
     """The network that says nothing: its output is zero, as an untrained expert's is."""
 
     def __init__(self, prediction: str) -> None:
-        super().__init__()
-        self.prediction = prediction
+        super().__init__(nn.Module(), {"prediction": prediction})
 
     def ends(self) -> list[nn.Module]:
         return []
 
-    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return torch.zeros_like(x)
 
 

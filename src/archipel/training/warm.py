@@ -7,12 +7,10 @@ so it is a setting of its own, whose FLOPs are counted once in each side of a co
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from archipel import store
-from archipel.backbones.flux import FluxDenoiser, widened
+from archipel.backbones import base
 from archipel.config import RunConfig
 from archipel.errors import DamagedError, MissingStageError
 from archipel.partition.shards import INIT
@@ -26,7 +24,7 @@ def starts_warm(config: RunConfig, name: str) -> bool:
 
 
 @torch.no_grad()
-def load_start(model: FluxDenoiser, shard: Shard) -> None:
+def load_start(model: base.Denoiser, shard: Shard) -> None:
     """Put the weights that a shard carries into a fresh network; one that is told the cluster ignores it at first.
 
     Raises MissingStageError where the shard carries none, DamagedError where they are of another network.
@@ -39,9 +37,8 @@ def load_start(model: FluxDenoiser, shard: Shard) -> None:
         )
     found = {name: torch.tensor(array) for name, array in store.map_tensors(path).items()}
     wanted = model.network.state_dict()
-    if model.clusters:
-        with contextlib.suppress(KeyError):  # named below
-            found = widened(found, model.clusters)
+    if model.clusters and model.POOLED in found:
+        found = base.widened(found, model.POOLED, wanted[model.POOLED].shape[1])
     shapes = [{name: tuple(value.shape) for name, value in part.items()} for part in (wanted, found)]
     if shapes[0] != shapes[1]:
         odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
