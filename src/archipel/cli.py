@@ -268,6 +268,16 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same build, same bytes.")] = 0,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", help="A picture that the clip begins with (runs trained for it).", show_default=False),
+    ] = None,
+    last_image: Annotated[
+        Path | None,
+        typer.Option(
+            "--last-image", help="A picture that the clip ends with (runs trained for it).", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=1024, help="Clips to make, with seeds seed, seed + 1, ...")] = 1,
     scale: Annotated[int, typer.Option(min=1, max=32, help="Enlarge by this whole factor.")] = 4,
     arms: Annotated[
@@ -280,6 +290,8 @@ def generate(
 
     words = list(words or [])
     if arms:
+        if image is not None or last_image is not None:
+            raise ArchipelError("--arms takes its frames from the clips of the run: leave --image and --last-image out")
         where = _only_run(words, run)
         if cli_islands.is_bucket(where):
             raise ArchipelError(
@@ -305,6 +317,8 @@ def generate(
             strategy=strategy,
             guidance=guidance,
             steps=steps,
+            image=image,
+            last_image=last_image,
             seeds=[seed + i for i in range(count)],
             batch=_BATCH,
             on_step=lambda *_: bar.advance(),

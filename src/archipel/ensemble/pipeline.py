@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +18,15 @@ from torch import Tensor
 
 from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble import strategies
+from archipel.ensemble.images import check_given, read_frames
 from archipel.ensemble.parts import Parts, open_source
 from archipel.ensemble.settings import MAX_PROMPT, Settings, check_clusters, check_prompts, check_seeds, parse_strategy
 from archipel.errors import ArchipelError, MissingStageError
-from archipel.flow import draws, samplers
+from archipel.flow import draws, given, samplers
 from archipel.run import DAMAGED, MONOLITH, ROUTER
+
+if TYPE_CHECKING:
+    from archipel.ensemble.images import Pictures
 
 __all__ = ["MAX_PROMPT", "Archipelago", "Generated", "Lineup", "Parts", "Settings", "parse_strategy"]
 
@@ -99,6 +104,8 @@ class Archipelago:
         composition: str | None = None,
         threshold: float | None = None,
         clusters: Sequence[int] | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
         batch: int = 16,
         on_step: samplers.OnStep | None = None,
     ) -> Generated:
@@ -108,6 +115,9 @@ class Archipelago:
         functions of its seed only, so they do not depend on its batch mates; the rest of the arithmetic may differ in
         the last bits between batch sizes. Same prompts, seeds, batch, build and threads: same bytes.
         clusters: for ``oracle`` (and a monolith that is told the cluster), each clip's cluster. batch: clips at a time.
+        image, last_image: a picture that each clip shall begin or end with, where the run was trained for it
+        (``expert.tasks``): a path, a Pillow image or uint8 (h, w, 3), one for all prompts or one each; cut as the run's
+        clips are.
         on_step(i, n, x, t): see samplers.
         Any non-empty set of experts will do: shares of missing ones go to the others, ``warnings`` say which.
         Raises ArchipelError naming what cannot be used, MissingStageError naming what has to be trained first.
@@ -117,11 +127,15 @@ class Archipelago:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_prompts(prompts)
         numbers = check_seeds(seeds, len(prompts))
-        given = {"strategy": strategy, "guidance": guidance, "steps": steps, "solver": solver, "shift": shift}
-        settings = Settings.of(self.config, **given, composition=composition, threshold=threshold)
+        asked = {"strategy": strategy, "guidance": guidance, "steps": steps, "solver": solver, "shift": shift}
+        settings = Settings.of(self.config, **asked, composition=composition, threshold=threshold)
+        check_given(self.config, image is not None, last_image is not None)
+        first = read_frames(image, len(prompts), self.config.clips)
+        last = read_frames(last_image, len(prompts), self.config.clips, "last_image")
         self.parts.refresh(fresh=False)
         lineup = self.lineup(settings, clusters, len(prompts))
         cond, warnings = self.encode(prompts)
+        cond = cond.given(self.given(len(prompts), first, last))
         pieces, traces, rows = [], [], 0
         for begin in range(0, len(prompts), batch):
             part = slice(begin, begin + batch)
@@ -204,6 +218,28 @@ class Archipelago:
         for warning in warnings:
             logger.warning(warning)
         return text.encode(list(prompts)), warnings
+
+    def given(self, clips: int, first: np.ndarray | None, last: np.ndarray | None) -> Tensor | None:
+        """``Conditioning.image`` (B, C + 1, T, H, W) of frames uint8 (1 or B, H, W, 3) that ``clips`` = B clips shall begin
+        and end with; None where none is given. Raises ArchipelError where the run was not trained for it."""
+        task = check_given(self.config, first is not None, last is not None)
+        if first is None and last is None:
+            return None
+        stills = [None if frames is None else self._stills(frames, clips) for frames in (first, last)]
+        one, other = (still if still is not None else stills[1 - i] for i, still in enumerate(stills))
+        assert one is not None and other is not None  # one of them is given, and stands in where the other is not read
+        return given.condition(one, other, torch.full((clips,), task), self.parts.latent_shape()[1])
+
+    def _stills(self, frames: np.ndarray, clips: int) -> Tensor:
+        """Latents (B, C, H, W) of frames uint8 (1 or B, H, W, 3), each as a still."""
+        from archipel.encoders.codecs import still_latents
+
+        with torch.no_grad():
+            parts = [
+                still_latents(self.parts.codec, frames[begin : begin + 16], self.config.clips.frames)
+                for begin in range(0, len(frames), 16)
+            ]
+        return torch.cat(parts).expand(clips, -1, -1, -1)
 
     def sample(
         self,

@@ -4,6 +4,9 @@ Files of ``samples/<split>/``: ``prompts.json`` (row i of everything else is its
 uint8 (N, F, H, W, 3), seeds and rows int64 (N,), weights float32 (N, S, K) where experts are mixed; ``real`` and ``codec``
 (the real clips, and the real clips through the codec) with clips and rows. Where there are fewer clips than
 ``evaluate.count``, captions come back with new noise and their real clips are repeated: ``rows`` tells which are one.
+
+``samples/<split>-first-frame/``, where ``expert.tasks`` gives first frames, has the same captions and noise once more, for
+the primary strategy and the monolith, each clip given the first frame of its real clip.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from archipel import cache, store
 from archipel.contracts import Conditioning
 from archipel.encoders.codecs import from_uint8, to_uint8
 from archipel.ensemble.pipeline import Archipelago, Parts, Settings, parse_strategy
-from archipel.errors import ArchipelError
+from archipel.errors import ArchipelError, DamagedError
 from archipel.flow import draws
+from archipel.flow.given import TASKS, condition
 from archipel.flow.samplers import OnStep
 from archipel.manifest import Clip, read_manifest
 from archipel.partition.assignment import load_assignment
@@ -65,7 +69,8 @@ def choose_rows(clips: Sequence[Clip], split: str, count: int, seed: int) -> lis
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be generated for one split: manifest rows and seeds, one per clip, the same for all arms."""
+    """What is to be generated for one split: manifest rows and seeds, one per clip, the same for all arms. ``begun``: each
+    clip is given the first frame of its real clip."""
 
     run: Run
     split: str
@@ -74,17 +79,24 @@ class Plan:
     rows: np.ndarray
     seeds: list[int]
     clusters: np.ndarray
+    begun: bool = False
 
     @classmethod
-    def of(cls, run: Run, split: str, count: int, arms: Sequence[str]) -> Plan:
+    def of(cls, run: Run, split: str, count: int, arms: Sequence[str], begun: bool = False) -> Plan:
         clips, seed = read_manifest(run.manifest), run.config.run.seed
         rows = choose_rows(clips, split, count, run.config.clips_seed)
         seeds = [seed * SEEDS_PER_RUN + i for i in range(len(rows))]
-        return cls(run, split, list(arms), clips, np.array(rows, dtype=np.int64), seeds, load_assignment(run)[rows])
+        clusters = load_assignment(run)[rows]
+        return cls(run, split, list(arms), clips, np.array(rows, dtype=np.int64), seeds, clusters, begun)
 
     @property
     def folder(self) -> Path:
-        return self.run.samples(self.split)
+        return self.run.samples(begun_name(self.split) if self.begun else self.split)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """What stands beside the arms and is not generated."""
+        return () if self.begun else ("real", "codec")
 
     def prompts(self) -> list[dict[str, Any]]:
         found = [self.clips[row] for row in self.rows]
@@ -95,13 +107,26 @@ class Plan:
 
     @cached_property
     def cond(self) -> Conditioning:
-        """The captions as training saw them, from the cache."""
+        """The captions as training saw them, and the given frames, from the cache."""
         text = cache.open_kind(self.run.cache, "text")
         parts = [torch.from_numpy(np.array(text[name][self.rows])) for name in ("tokens", "mask", "pooled")]
-        return Conditioning(*parts)
+        return Conditioning(*parts, self._image() if self.begun else None)
+
+    def _image(self) -> torch.Tensor:
+        latents = cache.open_kind(self.run.cache, "latents")
+        if "first" not in latents.names:
+            raise DamagedError(f"{latents.folder} has no latents of first frames: run `archipel prepare` again")
+        first = torch.from_numpy(np.array(latents["first"][self.rows]))
+        head = torch.full((len(first),), TASKS.index("head"))
+        return condition(first, first, head, latents["latents"].shape[2])
 
     def pixels(self) -> np.ndarray:
         return np.asarray(cache.open_kind(self.run.cache, "pixels")["clips"][self.rows])
+
+
+def begun_name(split: str) -> str:
+    """The folder in ``samples/`` of the clips that were given their first frame."""
+    return f"{split}-first-frame"
 
 
 def needed_parts(run: Run, arm: str) -> list[str]:
@@ -111,17 +136,17 @@ def needed_parts(run: Run, arm: str) -> list[str]:
     return run.expert_names if arm == "oracle" else [*run.expert_names, ROUTER]
 
 
-def _inputs(run: Run, arm: str, prompts: Sequence[dict[str, Any]], device: str) -> str:
+def _inputs(plan: Plan, arm: str, prompts: Sequence[dict[str, Any]], device: str) -> str:
     """Hash of all that decides an arm's clips, so that it is generated again after any of it was trained again."""
+    run = plan.run
     parts: dict[str, Any] = {"codec": (store.read_card(run.codec) or {}).get("files")}
     if arm not in ("real", "codec"):
         parts |= {name: (store.read_card(run.expert(name)) or {}).get("files") for name in needed_parts(run, arm)}
     calibration = run.expert(ROUTER) / "calibration.json"
     if ROUTER in parts and calibration.is_file():
         parts["calibration"] = store.sha256_file(calibration)
-    return store.sha256_json(
-        {"arm": arm, "run": run.id, "prompts": list(prompts), "batch": BATCH, "device": device, "parts": parts}
-    )
+    decides = {"arm": arm, "run": run.id, "prompts": list(prompts), "batch": BATCH, "device": device, "parts": parts}
+    return store.sha256_json(decides | ({"given": "first frame"} if plan.begun else {}))
 
 
 def _made(folder: Path, arm: str, inputs: str) -> bool:
@@ -130,12 +155,15 @@ def _made(folder: Path, arm: str, inputs: str) -> bool:
 
 
 def plans(run: Run) -> list[Plan]:
-    """The split that is scored with all arms, and a few training captions to look at, with the two that are compared."""
+    """The split that is scored with all arms; a few training captions to look at, with the two that are compared; and these
+    two once more on the split's captions and first frames, where the run was trained to be given them."""
     chosen = run.config.evaluate
     made = [Plan.of(run, chosen.split, chosen.count, chosen.arms)]
+    compared = list(dict.fromkeys([run.config.sample.strategy, MONOLITH]))
     if chosen.showcase:
-        shown = list(dict.fromkeys([run.config.sample.strategy, MONOLITH]))
-        made.append(Plan.of(run, SHOWCASE, chosen.showcase, shown))
+        made.append(Plan.of(run, SHOWCASE, chosen.showcase, compared))
+    if run.config.expert.tasks[TASKS.index("head")] > 0:
+        made.append(Plan.of(run, chosen.split, chosen.count, compared, begun=True))
     return made
 
 
@@ -163,14 +191,14 @@ def generate_arms(
 def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None, spread: Spread | None) -> None:
     run, arms = plan.run, plan.arms
     prompts = plan.prompts()
-    inputs = {arm: _inputs(run, arm, prompts, archipelago.parts.device) for arm in ("real", "codec", *arms)}
+    inputs = {arm: _inputs(plan, arm, prompts, archipelago.parts.device) for arm in (*plan.references, *arms)}
     missing = [arm for arm in inputs if not _made(plan.folder, arm, inputs[arm])]
     card = store.read_card(plan.folder)
     if not missing and card is not None and card.get("inputs") == inputs:
         return
     (plan.folder / "card.json").unlink(missing_ok=True)
     store.write_json(plan.folder / "prompts.json", prompts)
-    for arm in ("real", "codec"):
+    for arm in plan.references:
         if arm in missing:
             _real(plan, archipelago, arm, inputs[arm])
     todo = [arm for arm in arms if arm in missing]
@@ -179,7 +207,7 @@ def _generate_plan(plan: Plan, archipelago: Archipelago, stop: StopFlag | None, 
         _sample_elsewhere(plan, {arm: inputs[arm] for arm in todo}, archipelago.parts.device, spread, stop)
     steps = run.config.sample.steps
     costs = {arm: _cost(run, arm) * len(prompts) * steps for arm in arms}
-    label = f"generate: {plan.split}, {len(arms)} arms"
+    label = f"generate: {plan.folder.name}, {len(arms)} arms"
     with Progress(label, sum(costs.values()), sum(costs[arm] for arm in done_arms)) as bar:
         for arm in todo:
             _generate_arm(plan, archipelago, arm, inputs[arm], bar, stop)
@@ -298,10 +326,11 @@ def _sample_elsewhere(plan: Plan, inputs: dict[str, str], device: str, spread: S
             cond, clusters = plan.cond[part], _clusters(plan, arm, part)
             about = {"arm": arm, "inputs": inputs[arm], "device": device, "clusters": clusters}
             names = {"tokens": cond.tokens, "mask": cond.mask, "pooled": cond.pooled}
+            names |= {} if cond.image is None else {"image": cond.image}
             tensors = {name: tensor.numpy() for name, tensor in names.items()}
             yield {**tensors, "seeds": np.array(plan.seeds[part], np.int64), "about": pack_json(about)}
 
-    label, files = f"generate: {plan.split}, batches elsewhere", _files(plan.run, list(inputs))
+    label, files = f"generate: {plan.folder.name}, batches elsewhere", _files(plan.run, list(inputs))
     made = contextlib.closing(spread(make_batch, given(), plan.run.root, files, device=device))
     with Progress(label, len(missing)) as bar, made as batches:
         for _, _, path in missing:
@@ -315,7 +344,8 @@ def make_batch(root: Path, given: Arrays) -> Arrays:
     """What the batch's captions, seeds and arm give, as ``_sampled`` says."""
     about = unpack_json(given["about"])
     archipelago = _archipelago(root, about["device"], about["inputs"])
-    cond = Conditioning(*(torch.from_numpy(np.array(given[name])) for name in ("tokens", "mask", "pooled")))
+    names = ("tokens", "mask", "pooled", "image")
+    cond = Conditioning(*(torch.from_numpy(np.array(given[name])) for name in names if name in given))
     settings = Settings.of(archipelago.config, strategy=about["arm"])
     return _sampled(archipelago, settings, cond, given["seeds"].tolist(), about["clusters"], None)
 
@@ -352,5 +382,6 @@ def _commit(plan: Plan, inputs: dict[str, str]) -> None:
         "groups": len({plan.clips[row].group for row in plan.rows}),
         "prompts": store.sha256_json(plan.prompts()),
         **config.sample.model_dump(mode="json"),
+        **({"given": "first frame"} if plan.begun else {}),
     }
     store.write_card(plan.folder, "samples", plan.run.id, names, arms=plan.arms, inputs=inputs, protocol=protocol)
