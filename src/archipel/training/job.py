@@ -26,7 +26,6 @@ from archipel.training.precision import FLOAT32
 from archipel.training.ranks import Ranks, join, launched, own_device
 
 logger = logging.getLogger("archipel")
-_OLDER = {"precision": "float32", "world_size": 1}  # what checkpoints did not say before there was a choice
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ class _Job:
         shard, found = self._open()
         plain = self._build(0)
         builds = (
-            [{**_OLDER, "micro_batch": self.plan.batch, **b} for b in found.manifest.get("builds", [])] if found else []
+            [{**machine.OLDER, "micro_batch": self.plan.batch, **b} for b in found.manifest.get("builds", [])]
+            if found
+            else []
         )
         # Other processes than before make other bits anyway: then the threads that suit them best.
         kept = int(builds[-1]["threads"]) if builds and builds[-1]["world_size"] == plain["world_size"] else None
@@ -190,7 +191,7 @@ class _Job:
         return machine.build(
             str(self.local.device),
             threads,
-            precision=self.local.precision,
+            self.local,
             micro_batch=min(self.local.micro_batch or share, share),
             world_size=size,
         )

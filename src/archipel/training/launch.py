@@ -34,7 +34,7 @@ _POLL = 0.2  # seconds
 
 def command(run: Run, name: str, local: Local) -> list[str]:
     """What one process is started as: ``archipel train`` with this island's settings."""
-    words = ["train", "--precision", local.precision, "--micro-batch", str(local.micro_batch)]
+    words = ["train", *local.words()]
     for key, value in (("--device", local.device), ("--threads", local.threads)):
         words += [] if value is None else [key, str(value)]
     return [*words, "--", str(run.root), name]

@@ -1,4 +1,7 @@
-"""What an island decides for itself: device, precision, micro-batch, threads, GPUs. None of it is part of the run."""
+"""What an island decides for itself: device, precision, micro-batch, threads, GPUs, and what it trades for memory or speed.
+
+None of it is part of the run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 from archipel.errors import ArchipelError
 
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw8bit")
+AVERAGES = ("device", "host")
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,9 @@ class Local:
     their average, gradients' sums and the time embedding are float32 either way. ``micro_batch``: clips that one
     process computes at once (0: its whole share of the step's batch). ``threads``: CPU threads of one process (None:
     those the job was begun with, else torch's own). ``gpus``: processes, one per GPU, or so many on the CPU.
+    ``checkpointing``: activations inside a block are computed again on the way back instead of kept. ``optimizer``:
+    adamw, or adamw8bit, whose moments take a quarter of the memory. ``compile``: the repeated blocks go through
+    torch.compile. ``ema``: where the average of the weights lies, on the device or in the host's memory.
     Raises ArchipelError for values outside of these.
     """
 
@@ -26,10 +34,19 @@ class Local:
     micro_batch: int = 0
     threads: int | None = None
     gpus: int = 1
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    compile: bool = False
+    ema: str = "device"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ArchipelError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        for name, chosen, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("ema", self.ema, AVERAGES),
+        ):
+            if chosen not in known:
+                raise ArchipelError(f"{name} {chosen!r} is not one of {', '.join(known)}")
         for key, value, least in (
             ("micro_batch", self.micro_batch, 0),
             ("gpus", self.gpus, 1),
@@ -41,3 +58,13 @@ class Local:
     def over(self, *, threads: int | None = None, device: str | None = None) -> Local:
         """These settings with what is given put over them."""
         return dataclasses.replace(self, threads=threads or self.threads, device=device or self.device)
+
+    def words(self) -> list[str]:
+        """The options of ``archipel train`` and ``archipel join`` that say how a process computes, all but device,
+        threads and gpus: what differs from one process to the next on one machine."""
+        return [
+            *("--precision", self.precision, "--micro-batch", str(self.micro_batch)),
+            *("--optimizer", self.optimizer, "--ema", self.ema),
+            "--checkpointing" if self.checkpointing else "--no-checkpointing",
+            "--compile" if self.compile else "--no-compile",
+        ]

@@ -19,10 +19,10 @@ from archipel import config
 from archipel.backbones.base import Backbone
 from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
-from archipel.training import checkpoint, schedule
+from archipel.training import checkpoint, eight_bit, schedule, switches
 from archipel.training.batches import shares
 from archipel.training.checkpoint import Checkpoint
-from archipel.training.ema import Ema, decay
+from archipel.training.ema import decay
 from archipel.training.journal import Journal, read_progress
 from archipel.training.local import Local
 from archipel.training.precision import FLOAT32, autocast, keep_float32, norms_in_input_dtype
@@ -124,28 +124,27 @@ class Trainer:
         if local.precision != FLOAT32 and isinstance(objective.model, Backbone):
             keep_float32(objective.model.ends())
             norms_in_input_dtype(objective.model)
-        self._cast = autocast(local.precision, next(objective.model.parameters()).device.type)
+        switches.apply(objective.model, local)
+        device = next(objective.model.parameters()).device.type
+        self._cast = autocast(local.precision, device)
         self.named = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
         # Biases and norms are not decayed: pulling them to zero only moves the function.
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            betas=settings.betas,
-            fused=True,
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = switches.make_optimizer(
+            groups, local.optimizer, lr=settings.lr, betas=settings.betas, device=device
         )
         mine = ranks.mine if ranks.size > 1 else None
-        self.ema = Ema(objective.model, decay(settings.ema, settings.steps), mine)
+        self.ema = switches.make_average(objective.model, local.ema, decay(settings.ema, settings.steps), mine)
         self.best: dict[str, Any] | None = None
         self.best_tensors: dict[str, Tensor] = {}
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """One step: mean loss and gradient norm, detached and still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
+        switches.set_rate(self.optimizer, self.settings.rate(self.step))
         loss = self._whole() if self._parts is None else self._in_parts(self._parts)
         norm = self.ranks.clip(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
@@ -212,7 +211,7 @@ class Trainer:
         """AdamW's moment of a parameter; zeros where no gradient reaches it (the last double block's text stream, where
         no single block follows), which AdamW keeps no state for."""
         state = self.optimizer.state.get(p, {})
-        return state[name] if name in state else torch.zeros_like(p)
+        return eight_bit.plain(state[name]) if name in state else torch.zeros_like(p)
 
     @torch.no_grad()
     def restore(self, found: Checkpoint) -> None:
@@ -234,10 +233,11 @@ class Trainer:
 
         for name, p in self.named:
             p.copy_(self.ranks.like(tensors[f"weight/{name}"], p))
+            first, second = (self.ranks.like(tensors[f"{group}/{name}"], p) for group in ("moment1", "moment2"))
             self.optimizer.state[p] = {
                 "step": torch.tensor(float(found.step), device=p.device),
-                "exp_avg": self.ranks.like(tensors[f"moment1/{name}"], p),
-                "exp_avg_sq": self.ranks.like(tensors[f"moment2/{name}"], p),
+                "exp_avg": eight_bit.kept(self.optimizer, p, first, signed=True),
+                "exp_avg_sq": eight_bit.kept(self.optimizer, p, second, signed=False),
             }
         self.ema.restore({name: part("average", name, p) for name, p in self.named})
         self.best = found.manifest.get("best")

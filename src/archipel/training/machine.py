@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from archipel.training.local import Local
+
 # Resuming elsewhere continues the same sequence of batches and noise; rounding differs and grows with the steps. Measured
 # on a small expert: weights moved by 1e-7 at the start end 400 steps later 2e-3 apart, validation losses 3e-5.
 TOLERANCE = "validation losses then agree to about 1 %, weights do not agree bit for bit"
@@ -25,11 +27,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+SWITCHES = ("checkpointing", "optimizer", "compile", "ema")
+# What checkpoints did not say before there was a choice.
+OLDER: Mapping[str, Any] = {"precision": "float32", "world_size": 1, **{key: getattr(Local(), key) for key in SWITCHES}}
+
+
 def build(
-    device: str, threads: int, *, precision: str = "float32", micro_batch: int = 0, world_size: int = 1
+    device: str, threads: int, local: Local = Local(), *, micro_batch: int = 0, world_size: int = 1
 ) -> dict[str, Any]:
     """Torch build, numpy (its normal generator), CPU type, device and thread count of this process, and how the batch was
-    computed: ``micro_batch`` clips at once in each of ``world_size`` processes."""
+    computed: ``micro_batch`` clips at once in each of ``world_size`` processes, with the precision and switches of ``local``."""
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -38,9 +45,10 @@ def build(
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "matmul": torch.get_float32_matmul_precision(),
         "threads": threads,
-        "precision": precision,
+        "precision": local.precision,
         "micro_batch": micro_batch,
         "world_size": world_size,
+        **{key: getattr(local, key) for key in SWITCHES},
     }
 
 
