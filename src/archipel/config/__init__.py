@@ -1,10 +1,11 @@
 """``run.toml``: the science of a run, typed. Written once at ``init``; its sha256 is the run's id.
 
-``schema`` has the keys, ``checks`` what cannot work together, ``files`` reading, writing and ``--set``.
+``schema`` has the keys, ``checks`` and ``fits`` what cannot work together, ``files`` reading, writing and ``--set``.
 """
 
 from archipel.config.checks import check, check_count, rope_axes_for
-from archipel.config.files import build, known_keys, lookup, merge, parse, parse_sets, read, to_toml
+from archipel.config.files import build, known_keys, lookup, merge, parse, parse_sets, read, to_toml, written
+from archipel.config.fits import BACKBONE_CLASS, frame_step, network_patch, side_step
 from archipel.config.schema import (
     FEATURE_NETWORK,
     STRATEGIES,
@@ -32,6 +33,7 @@ from archipel.config.schema import (
 )
 
 __all__ = [
+    "BACKBONE_CLASS",
     "FEATURE_NETWORK",
     "STRATEGIES",
     "Backbone",
@@ -58,12 +60,16 @@ __all__ = [
     "build",
     "check",
     "check_count",
+    "frame_step",
     "known_keys",
     "lookup",
     "merge",
+    "network_patch",
     "parse",
     "parse_sets",
     "read",
     "rope_axes_for",
+    "side_step",
     "to_toml",
+    "written",
 ]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from archipel.config.fits import check_fits, nearest
 from archipel.config.schema import FEATURE_NETWORK, Backbone, RunConfig
 from archipel.errors import ConfigError
-
-
-def _nearest_multiple(value: int, step: int) -> str:
-    below, above = value // step * step, (value // step + 1) * step
-    return str(above) if below < 1 else f"{below} or {above}"
 
 
 def _check_transformer(name: str, part: Backbone) -> None:
     if part.width % part.heads:
         raise ConfigError(
             f"{name}.width = {part.width} is not divisible by {name}.heads = {part.heads}: "
-            f"the nearest widths that work are {_nearest_multiple(part.width, part.heads)}"
+            f"the nearest widths that work are {nearest(part.width, part.heads)}"
         )
     head, axes = part.width // part.heads, part.rope_axes
     if sum(axes) != head or any(axis % 2 or axis <= 0 for axis in axes):
@@ -49,26 +45,8 @@ def check(config: RunConfig) -> None:
             f"islands.lease = {config.islands.lease:g} is too short for islands.heartbeat = {config.islands.heartbeat:g}: one "
             f"heartbeat may be late; the nearest that works is {2.5 * config.islands.heartbeat:g}"
         )
-    clips, codec = config.clips, config.codec
-    pt, ph, pw = codec.patch
-    if min(codec.patch) < 1:
-        raise ConfigError(f"codec.patch = {list(codec.patch)} must hold positive numbers, for example [4, 8, 8]")
-    if clips.frames % pt:
-        raise ConfigError(
-            f"clips.frames = {clips.frames} is not divisible by the temporal patch codec.patch[0] = {pt}: "
-            f"the nearest that works is {_nearest_multiple(clips.frames, pt)}"
-        )
-    for axis, size in (("height", ph), ("width", pw)):
-        if clips.size % size:
-            raise ConfigError(
-                f"clips.size = {clips.size} is not divisible by the patch's {axis} {size} (codec.patch): "
-                f"the nearest that works is {_nearest_multiple(clips.size, size)}"
-            )
-    numbers = 3 * pt * ph * pw
-    if codec.kind == "patch-pca" and codec.channels > numbers:
-        raise ConfigError(
-            f"codec.channels = {codec.channels} is more than a block's {numbers} numbers: at most {numbers}"
-        )
+    check_fits(config)
+    clips = config.clips
     if abs(sum(clips.split) - 1) > 1e-6 or min(clips.split) < 0 or clips.split[0] <= 0:
         raise ConfigError(
             f"clips.split = {list(clips.split)} must be shares that sum to 1, the first above 0, such as [0.7, 0.1, 0.2]"

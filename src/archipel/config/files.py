@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from archipel import FORMAT, store
 from archipel.config.checks import check
-from archipel.config.schema import RunConfig
+from archipel.config.schema import RunConfig, Section
 from archipel.errors import ArchipelError, ConfigError, DamagedError
 
 
@@ -115,12 +115,20 @@ def _written(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     for name in RunConfig.model_fields:
         section = getattr(config, name)
-        for key, field in type(section).model_fields.items() if isinstance(section, BaseModel) else ():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("later") and getattr(section, key) == field.default:
-                del values[name][key]
-        if isinstance(section, BaseModel) and not values[name]:  # a section of later keys only
-            del values[name]
+        if isinstance(section, Section):
+            values[name] = written(section)
+            if not values[name]:  # a section of later keys only
+                del values[name]
+    return values
+
+
+def written(section: Section) -> dict[str, Any]:
+    """A section's values as they stand in ``run.toml``: what is hashed stays the same where a later key is at its default."""
+    values: dict[str, Any] = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("later") and getattr(section, key) == field.default:
+            del values[key]
     return values
 
 
