@@ -29,7 +29,7 @@ def rope(
     sizes are stretched to its scale around the middle, or (``sliced``: CogVideoX 1.5) cut from its corner."""
     T, H, W = grid
     if sliced:
-        cut = {"crops_coords": None, "grid_type": "slice", "max_size": sample}
+        cut: dict[str, Any] = {"crops_coords": None, "grid_type": "slice", "max_size": sample}
     else:  # diffusers.pipelines.cogvideo.pipeline_cogvideox.get_resize_crop_region_for_grid
         high, wide = sample
         if high / wide < H / W:
@@ -59,7 +59,7 @@ class CogVideoXDenoiser(base.Denoiser):
     def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         if self._match is None:
             return self._raw(x, 1000 * t, cond)
-        noisy, given = x.split([self.network.config.out_channels, x.shape[1] - self.network.config.out_channels], dim=1)
+        noisy, given = x.tensor_split((self.network.config.out_channels,), dim=1)
         step, _ = self._match(t)
         v = self._raw(torch.cat([convert.over_size(noisy, t), given], dim=1), step, cond)
         back = convert.velocity_from_v if self.prediction == "velocity" else convert.x0_from_v
@@ -75,7 +75,8 @@ class CogVideoXDenoiser(base.Denoiser):
         turned = about.use_rotary_positional_embeddings
         places = rope(about.attention_head_dim, grid, sample, pt is not None, x.device) if turned else None
         mask = torch.cat([cond.mask, cond.mask.new_ones(B, grid[0] * grid[1] * grid[2])], dim=1)[:, None]
-        (output,) = self.network(
+        answer: Tensor
+        (answer,) = self.network(
             hidden_states=x.transpose(1, 2),
             encoder_hidden_states=cond.tokens,
             timestep=step,
@@ -83,4 +84,4 @@ class CogVideoXDenoiser(base.Denoiser):
             attention_kwargs={"attention_mask": mask} if self.mask_text else None,
             return_dict=False,
         )
-        return output.transpose(1, 2)
+        return answer.transpose(1, 2)

@@ -38,7 +38,8 @@ class HunyuanDenoiser(base.Denoiser):
         """Masked tokens are read as zeros; the null text keeps one of them, since the refiner divides by their number."""
         real = cond.mask if self.mask_text else cond.mask | True
         first = torch.arange(real.shape[1], device=real.device) == 0
-        (output,) = self.network(
+        answer: Tensor
+        (answer,) = self.network(
             hidden_states=x,
             timestep=1000 * t,
             encoder_hidden_states=cond.tokens * real[:, :, None].to(cond.tokens.dtype),
@@ -47,4 +48,4 @@ class HunyuanDenoiser(base.Denoiser):
             guidance=None,
             return_dict=False,
         )
-        return output
+        return answer

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
-from archipel.backbones import flops
+from archipel.backbones import flops, networks_more
 from archipel.config import RunConfig
 from archipel.errors import ConfigError
 
@@ -205,8 +204,9 @@ def expert_network(config: RunConfig, *, clusters: int = 0, image: bool | None =
                 f"expert.network is a {found}, but expert.backbone = {config.expert.backbone!r} is {name}"
             )
         network = complete({**config.expert.network, "_class_name": name})
+        networks_more.check(network, flops.latent_shape(config), flops.text_shape(config))
     else:
-        network = complete({"_class_name": name, **_builder(config.expert.backbone)(config)})
+        network = complete({"_class_name": name, **_BUILDERS[config.expert.backbone](config)})
     if config.expert.given_frames if image is None else image:
         channels = flops.latent_shape(config)[0] + 1
         if name in _PACKED:
@@ -267,7 +267,7 @@ def expert_facts(config: RunConfig, clusters: int = 0) -> dict[str, Any]:
         facts["image"] = True
     if flux and config.expert.weights:  # released weights were trained with all of the padding in sight
         facts["mask_text"] = False
-    return facts
+    return facts | networks_more.facts(config)
 
 
 def router_facts(config: RunConfig) -> dict[str, Any]:
@@ -287,13 +287,6 @@ def _shapes(config: RunConfig) -> dict[str, Any]:
 
 
 # --- from the dials ----------------------------------------------------------------------------------------------------
-
-
-def _builder(backbone: str) -> Callable[[RunConfig], Network]:
-    if backbone in _OWN:
-        return _OWN[backbone]
-    found: Callable[[RunConfig], Network] = getattr(import_module("archipel.backbones.networks_more"), backbone)
-    return found
 
 
 def _heads(config: RunConfig) -> Network:
@@ -330,4 +323,10 @@ def _wan(config: RunConfig) -> Network:
     }
 
 
-_OWN: dict[str, Callable[[RunConfig], Network]] = {"flux": _flux, "wan": _wan}
+_BUILDERS: dict[str, Callable[[RunConfig], Network]] = {
+    "flux": _flux,
+    "wan": _wan,
+    "ltx": networks_more.ltx,
+    "hunyuan": networks_more.hunyuan,
+    "cogvideox": networks_more.cogvideox,
+}

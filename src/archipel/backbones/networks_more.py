@@ -118,8 +118,13 @@ def with_schedule(network: Mapping[str, Any], scheduler: Mapping[str, Any] | Non
 
 
 def check(network: Mapping[str, Any], latent: tuple[int, int, int, int], text: tuple[int, int, int]) -> None:
-    """Whether these transformers can read clips of this shape and such captions; ConfigError naming both sides if not."""
-    (_, T, H, W), (L, width, pooled), kind = latent, text, network["_class_name"]
+    """Whether one of these transformers can read clips of this shape and such captions: ConfigError naming both sides if not.
+
+    ``network`` states every argument (``networks.complete``); of another class it is not looked at.
+    """
+    (_, T, H, W), (L, width, pooled), kind = latent, text, str(network["_class_name"])
+    if not kind.startswith(("LTX", "Hunyuan", "CogVideoX")):
+        return
     p, pt = network.get("patch_size", 1), network.get("patch_size_t") or 1
     if H % p or W % p or T % pt:
         raise ConfigError(f"the latents are {T}x{H}x{W}, which expert.weights cannot cut into patches of {pt}x{p}x{p}")
