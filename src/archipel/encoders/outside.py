@@ -317,8 +317,8 @@ def take(source: str, parts: Sequence[str], target: Path, what: str, *, sha256: 
             f"{sha256[:12]}: restore them, or make a new run with them"
         )
     target.mkdir(parents=True, exist_ok=True)
-    _bring([config], target / CONFIG)
-    _bring(files, target / WEIGHTS)
+    bring([config], target / CONFIG)
+    bring(files, target / WEIGHTS)
     return [CONFIG, WEIGHTS]
 
 
@@ -336,7 +336,7 @@ def take_text(places: Mapping[str, Place], target: Path, what: str) -> list[str]
         else:
             wanted = {path.name: [path] for path in tokenizer_files(place, what)}
         for file, sources in wanted.items():
-            _bring(sources, folder / file)
+            bring(sources, folder / file)
             taken.append(f"{name}/{file}")
     return taken
 
@@ -354,7 +354,7 @@ def tokenizer_files(place: Place, what: str) -> list[Path]:
     return files
 
 
-def _bring(sources: Sequence[Path], target: Path) -> None:
+def bring(sources: Sequence[Path], target: Path) -> None:
     """Link one file where the disk allows it, else copy; join several (see ``one_file``). Aside and renamed."""
     real = [path.resolve() for path in sources]
     if len(real) == 1 and _linked(real[0], target):
