@@ -46,6 +46,12 @@ def _rms_norm(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, module.normalized_shape, scale, module.eps)
 
 
-def _in_float32(forward: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+def _in_float32(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return forward(*(value.float() if value.is_floating_point() else value for value in inputs))
+        return forward(
+            *(_float32(value) for value in inputs), **{name: _float32(value) for name, value in named.items()}
+        )
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
