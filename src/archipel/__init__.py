@@ -7,3 +7,12 @@ __version__ = "0.1.0"
 
 # Version of every file format in a run folder. A newer one is refused, naming the version of Archipel needed.
 FORMAT = 1
+
+
+def __getattr__(name: str) -> object:
+    """``archipel.ArchipelPipeline``, imported when it is first asked for."""
+    if name == "ArchipelPipeline":
+        from importlib import import_module
+
+        return import_module("archipel.exchange.pipeline").ArchipelPipeline
+    raise AttributeError(f"module 'archipel' has no attribute {name!r}")
