@@ -64,30 +64,38 @@ def _common(
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _resolve(source: str | None, preset: str, data: str, sets: list[str] | None) -> Any:
-    from archipel import pipeline
-
-    return pipeline.resolve(source=source, preset=preset, data=data, sets=sets or [])
-
-
 @app.command()
 def init(
     run: RunPath,
     source: Annotated[str | None, typer.Option(help="fluent-emoji, shapes, folder, webdataset or huggingface.")] = None,
-    preset: Annotated[str, typer.Option(help="tiny, demo, long, study or gpu: a scale of work.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, demo, long, study, gpu or paris2: a scale of work.")] = "",
     data: Annotated[str, typer.Option(help="Folder, tar pattern or data set of the source.")] = "",
+    backbone: Annotated[str, typer.Option(help="flux, wan, ltx, hunyuan or cogvideox.")] = "",
+    codec: Annotated[
+        str, typer.Option(help="Autoencoder of diffusers: folder or hub id (a pipeline's, or its own).")
+    ] = "",
+    text: Annotated[
+        str, typer.Option(help="Text encoder of transformers: folder or hub id; two encoders joined by a plus sign.")
+    ] = "",
+    weights: Annotated[str, typer.Option(help="Trained transformer to begin with: folder or hub id.")] = "",
     sets: Sets = None,
 ) -> None:
     """Make a new run: write run.toml."""
-    from archipel.run import Run
+    from archipel import pipeline
 
-    made = Run.create(run, _resolve(source, preset, data, sets))
+    parts = {"backbone": backbone, "codec": codec, "text": text, "weights": weights}
+    made = pipeline.init(run, source=source, preset=preset, data=data, sets=sets or [], **parts)
     config = made.config
     say(f"made {run / 'run.toml'} (run {made.id[:12]})")
     say(
         f"  {config.clips.source} clips of {config.clips.frames}x{config.clips.size}x{config.clips.size}, "
         f"{config.partition.k} experts, {config.compute.archipelago_flops / 1e12:.2f} TFLOP of training per arm"
     )
+    for what, part in (("codec", config.codec.model), ("text", config.text.encoder if config.text.path else "")):
+        if part:
+            say(f"  {what}: {part} of {getattr(config, what).path}")
+    if config.expert.weights:
+        say(f"  weights: {config.expert.network['_class_name']} of {config.expert.weights}")
     say(f"next: archipel run {run}")
 
 

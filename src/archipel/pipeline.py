@@ -40,14 +40,21 @@ def resolve(
     source: str | None = None,
     preset: str = "",
     data: str = "",
+    backbone: str = "",
+    codec: str = "",
+    text: str = "",
+    weights: str = "",
     sets: Iterable[str] = (),
     over: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Preset, then source and data, then ``--set``: validated, with the compute budget filled in.
 
-    Raises ConfigError (naming key, value and the nearest right one) and ArchipelError for a source that is not there.
+    ``codec``, ``text``, ``weights``: folders or hub ids of an autoencoder, of text encoders, and of a trained transformer,
+    whose configurations are read here (see ``archipel.encoders.resolving``). Raises ConfigError (naming key, value and the
+    nearest right one, or both sides that do not fit) and ArchipelError for a source that is not there.
     """
     from archipel.data import count_items
+    from archipel.encoders import resolving
     from archipel.evaluation.stage import check_primary
     from archipel.training import budget
 
@@ -61,8 +68,13 @@ def resolve(
     if data:
         chosen["path"] = data
     values = configuration.merge(values, {"clips": chosen})
-    values = configuration.merge(values, over or {})
-    values = configuration.merge(values, configuration.parse_sets(sets))
+    said = configuration.merge(dict(over or {}), configuration.parse_sets(sets))
+    parts = {"codec": {"path": codec}, "text": {"path": text}, "expert": {"backbone": backbone, "weights": weights}}
+    said = configuration.merge(
+        said,
+        {name: {key: one for key, one in part.items() if one} for name, part in parts.items() if any(part.values())},
+    )
+    values = resolving.resolve(configuration.merge(values, said), said)
     values = presets.fit_rope(values)
     config = configuration.build(_located(values), "the settings")
     if data and config.clips.source not in _WITH_PATH:
@@ -91,8 +103,15 @@ def _located(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def init(root: Path | str, **settings: Any) -> Run:
-    """Write a new run's ``run.toml`` (see ``resolve`` for the settings)."""
-    return Run.create(root, resolve(**settings))
+    """Write a new run's ``run.toml`` (see ``resolve`` for the settings). Raises ConfigError where a part is only planned for."""
+    config = resolve(**settings)
+    for key, part, option in (("codec", config.codec, "--codec"), ("text", config.text, "--text")):
+        name = getattr(part, "model", "") or getattr(part, "encoder", "minilm")
+        if not part.path and name not in ("", "minilm"):
+            raise ConfigError(
+                f"{key}.path is empty, but the preset plans with {name}: give it with {option} FOLDER (or a hub id)"
+            )
+    return Run.create(root, config)
 
 
 def open_run(root: Path | str, sets: Iterable[str] = ()) -> Run:

@@ -130,8 +130,8 @@ def _check_size(config: RunConfig) -> None:
 def _check_text(config: RunConfig) -> None:
     text = config.text
     if text.encoder == "minilm":
-        if text.path or text.width or text.pooled_width:
-            raise ConfigError("text.path, width and pooled_width belong to another text.encoder than 'minilm'")
+        if text.path or text.width or text.pooled_width or text.padding != "zero":
+            raise ConfigError("text.path, width, pooled_width and padding belong to another text.encoder than 'minilm'")
         return
     if not text.width or not text.pooled_width:
         raise ConfigError(f"text.encoder = {text.encoder!r} needs its weights: give them with --text FOLDER")
@@ -163,10 +163,11 @@ def _check_network(config: RunConfig) -> None:
     # The same numbers as flops.latent_shape and text_shape, which lie above this package.
     pixels = 3 * config.codec.patch[0] * config.codec.patch[1] * config.codec.patch[2]
     channels = pixels if config.codec.kind == "pixels" else config.codec.channels
-    square = expert.patch**2 if expert.backbone == "flux" else 1
+    time, side = network_patch(expert.model_dump(mode="json"))
+    square = time * side**2 if expert.backbone in ("flux", "ltx") else 1  # positions that are packed before the network
     takes = network.get("in_channels", _CHANNELS[expert.backbone])
     if takes != channels * square:
-        packed = f" in {expert.patch}x{expert.patch} (expert.patch), so {channels * square}" if square > 1 else ""
+        packed = f" packed {side}x{side}, so {channels * square}" if square > 1 else ""
         raise ConfigError(
             f"the codec {config.codec.model or config.codec.kind!r} makes {channels} latent channels{packed}, but the {found} in "
             f"{expert.weights} takes {takes}: give a --codec of its own family"

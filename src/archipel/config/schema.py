@@ -167,6 +167,11 @@ class Text(Section):
     )
     width: int = _later(0, ge=0, description="Width of the tokens, resolved at init (0: MiniLM's 384).")
     pooled_width: int = _later(0, ge=0, description="Width of the pooled vector, resolved at init (0: MiniLM's 384).")
+    padding: Literal["zero", "kept"] = _later(
+        "zero",
+        description="Padding behind a caption: masked in the encoder and zero, or kept as FLUX, LTX and CogVideoX were trained "
+        "with it (the encoder sees it, too); resolved at init where `expert.weights` are of those.",
+    )
     sha256: str = _later(
         "", description="sha256 over the encoders' weights, resolved at init where they are on this disk."
     )

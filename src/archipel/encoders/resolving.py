@@ -20,6 +20,7 @@ from archipel.errors import ConfigError
 VAE = ("vae",)
 TRANSFORMER = ("transformer",)
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_SEES_PADDING = ("flux", "ltx", "cogvideox")  # whose pipelines give the text encoder no mask of the padding
 Shape = tuple[tuple[int, int, int], int, bool]  # patch, channels, causal
 
 # --- autoencoders ------------------------------------------------------------------------------------------------------
@@ -237,8 +238,11 @@ def resolve(values: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     values = configuration.merge(values, filled)
     if "expert" in filled:  # one value, not a table to be merged into another network's
         values["expert"]["network"] = filled["expert"]["network"]
-    if filled.get("expert", {}).get("backbone") == "flux":
+    backbone = filled.get("expert", {}).get("backbone")
+    if backbone == "flux":
         values = _flux_patch(values, said)
+    if backbone in _SEES_PADDING and values.get("text", {}).get("path") and "padding" not in said.get("text", {}):
+        values = configuration.merge(values, {"text": {"padding": "kept"}})
     return _fit_clips(values, said) if "codec" in filled else values
 
 
