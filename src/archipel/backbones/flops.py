@@ -3,12 +3,15 @@
 A multiply and an add are two FLOPs; only matrix products are counted, as torch's own counter does (normalisation,
 activations and RoPE are below one percent). Counted per clip, since modulation and embeddings run once per clip.
 Training is three forwards (one forward, two products per product in the backward); recomputation is not counted.
-Source of the shapes: diffusers' ``FluxTransformer2DModel``; tests hold the sums to ``FlopCounterMode``.
+Source of the shapes: diffusers' transformers (here Flux and Wan, the others in ``counts_more``); tests hold the sums to
+``FlopCounterMode``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archipel.config import RunConfig
@@ -104,19 +107,84 @@ def flux_parameters(
     return embed + 2 * double_blocks * stream + single_blocks * single + product(D, 2 * D) + product(D, outputs)
 
 
+def wan_forward(network: Mapping[str, Any], latent: tuple[int, int, int, int], text: tuple[int, int, int]) -> int:
+    """Forward FLOPs per clip of a ``WanTransformer3DModel``: N video tokens that attend to themselves and to L of text."""
+    D = int(network["num_attention_heads"]) * int(network["attention_head_dim"])
+    block, (L, width, _) = int(math.prod(network["patch_size"])), text
+    N = math.prod(size // int(part) for size, part in zip(latent[1:], network["patch_size"], strict=True))
+    embed = (
+        linear(N, int(network["in_channels"]) * block, D)
+        + linear(1, int(network["freq_dim"]), D)
+        + linear(1, D, D)
+        + linear(1, D, 6 * D)
+        + linear(L, width, D)
+        + linear(L, D, D)
+    )
+    own = 4 * linear(N, D, D) + attention(N, D)
+    cross = 2 * linear(N, D, D) + 2 * linear(L, D, D) + 4 * N * L * D
+    mlp = 2 * linear(N, D, int(network["ffn_dim"]))
+    outputs = int(network["out_channels"] or network["in_channels"])
+    return embed + int(network["num_layers"]) * (own + cross + mlp) + linear(N, D, outputs * block)
+
+
+def forward_flops(
+    network: Mapping[str, Any], latent: tuple[int, int, int, int], text: tuple[int, int, int], *, patch: int = 0
+) -> int:
+    """Forward FLOPs of a network (see ``networks``) per clip of latents (C, T, H, W) and text (L, D, P).
+
+    ``patch``: positions per side that flux packs into a token (0: what its output channels say).
+    """
+    if network["_class_name"] == "FluxTransformer2DModel":
+        return _flux(network, latent, text, patch)
+    from archipel.backbones import counts_more
+
+    counts: dict[str, Callable[[Mapping[str, Any], tuple[int, int, int, int], tuple[int, int, int]], int]] = {
+        "WanTransformer3DModel": wan_forward,
+        "LTXVideoTransformer3DModel": counts_more.ltx,
+        "HunyuanVideoTransformer3DModel": counts_more.hunyuan,
+        "CogVideoXTransformer3DModel": counts_more.cogvideox,
+    }
+    return counts[network["_class_name"]](network, latent, text)
+
+
+def _flux(
+    network: Mapping[str, Any], latent: tuple[int, int, int, int], text: tuple[int, int, int], patch: int = 0
+) -> int:
+    inputs = int(network["in_channels"])
+    outputs = int(network["out_channels"] or inputs)
+    patch = patch or math.isqrt(outputs // latent[0])
+    return flux_forward(
+        width=int(network["num_attention_heads"]) * int(network["attention_head_dim"]),
+        double_blocks=int(network["num_layers"]),
+        single_blocks=int(network["num_single_layers"]),
+        channels=inputs,
+        outputs=outputs,
+        tokens=math.prod(latent[1:]) // patch**2,
+        text_tokens=text[0],
+        text_width=text[1],
+        pooled_width=int(network["pooled_projection_dim"]),
+    )
+
+
 def expert_parameters(config: RunConfig) -> int:
     """Parameters of one expert; the monolith has as many, but for width times K more where it is told the cluster."""
-    channels = latent_shape(config)[0]
-    _, text_width, pooled_width = text_shape(config)
+    from archipel.backbones import networks
+
+    network = networks.expert_network(config)
+    if network["_class_name"] != "FluxTransformer2DModel":  # shapes from diffusers itself, without memory
+        from archipel.backbones import registry
+
+        shapes: dict[str, tuple[int, ...]] = registry.meta_shapes(network)
+        return sum(math.prod(shape) for shape in shapes.values())
     return flux_parameters(
-        width=config.expert.width,
-        head=config.expert.width // config.expert.heads,
-        double_blocks=config.expert.double_blocks,
-        single_blocks=config.expert.single_blocks,
-        channels=channels,
-        outputs=channels,
-        text_width=text_width,
-        pooled_width=pooled_width,
+        width=network["num_attention_heads"] * network["attention_head_dim"],
+        head=network["attention_head_dim"],
+        double_blocks=network["num_layers"],
+        single_blocks=network["num_single_layers"],
+        channels=network["in_channels"],
+        outputs=network["out_channels"] or network["in_channels"],
+        text_width=network["joint_attention_dim"],
+        pooled_width=network["pooled_projection_dim"],
     )
 
 
@@ -135,37 +203,19 @@ def monolith_forward_flops(config: RunConfig) -> int:
     return _denoiser_flops(config, cluster_width(config))
 
 
-def _denoiser_flops(config: RunConfig, more: int) -> int:
-    channels, *space = latent_shape(config)
-    text_tokens, text_width, pooled_width = text_shape(config)
-    return flux_forward(
-        width=config.expert.width,
-        double_blocks=config.expert.double_blocks,
-        single_blocks=config.expert.single_blocks,
-        channels=channels,
-        outputs=channels,
-        tokens=space[0] * space[1] * space[2],
-        text_tokens=text_tokens,
-        text_width=text_width,
-        pooled_width=pooled_width + more,
-    )
+def _denoiser_flops(config: RunConfig, clusters: int) -> int:
+    from archipel.backbones import networks
+
+    network = networks.expert_network(config, clusters=clusters)
+    return forward_flops(network, latent_shape(config), text_shape(config), patch=config.expert.patch)
 
 
 def router_forward_flops(config: RunConfig) -> int:
     """Forward FLOPs of the router per clip: single-stream blocks over video tokens only, K outputs per token."""
-    channels, *space = latent_shape(config)
-    _, text_width, pooled_width = text_shape(config)
-    return flux_forward(
-        width=config.router.width,
-        double_blocks=0,
-        single_blocks=config.router.blocks,
-        channels=channels,
-        outputs=config.partition.k,
-        tokens=space[0] * space[1] * space[2],
-        text_tokens=0,
-        text_width=text_width,
-        pooled_width=pooled_width,
-    )
+    from archipel.backbones import networks
+
+    network, text = networks.router_network(config), text_shape(config)
+    return forward_flops(network, latent_shape(config), (0, *text[1:]), patch=networks.router_patch(config))
 
 
 def training_flops(forward: int, steps: int, batch: int) -> int:

@@ -1,7 +1,8 @@
 """What a job of a run must have made, from ``run.toml`` alone: configuration, facts, tensors and amount of work.
 
-Closed forms of diffusers' ``FluxTransformer2DModel``, so that a stranger's files are held to the run's own network
-before torch is imported or anything is allocated. A test compares them with the networks that we build.
+Closed forms of diffusers' ``FluxTransformer2DModel``, and for other backbones the shapes that diffusers gives without
+memory, so that a stranger's files are held to the run's own network before any of theirs is allocated. A test compares
+them with the networks that we build.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from archipel.backbones import flops
+from archipel.backbones import flops, networks
 from archipel.config import Backbone, RunConfig
 from archipel.run import MONOLITH, ROUTER, TRUNK
 
@@ -18,34 +19,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 def wanted_config(config: RunConfig, name: str) -> dict[str, Any]:
     """``config.json`` of a job, but for the version of diffusers that wrote it."""
-    latent, text = flops.latent_shape(config), flops.text_shape(config)
-    part: Backbone = config.router if name == ROUTER else config.expert
-    told = flops.cluster_width(config) if name == MONOLITH else 0
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": latent[0],
-        "out_channels": config.partition.k if name == ROUTER else None,
-        "num_layers": 0 if name == ROUTER else config.expert.double_blocks,
-        "num_single_layers": config.router.blocks if name == ROUTER else config.expert.single_blocks,
-        "attention_head_dim": part.width // part.heads,
-        "num_attention_heads": part.heads,
-        "joint_attention_dim": text[1],
-        "pooled_projection_dim": text[2] + told,
-        "guidance_embeds": False,
-        "axes_dims_rope": list(part.rope_axes),
-    }
+    if name == ROUTER:
+        return networks.router_network(config)
+    return networks.monolith_network(config) if name == MONOLITH else networks.expert_network(config)
 
 
 def wanted_facts(config: RunConfig, name: str) -> dict[str, Any]:
     """``network`` of a job's card."""
-    shapes = {"latent_shape": list(flops.latent_shape(config)), "text_shape": list(flops.text_shape(config))}
     if name == ROUTER:
-        reads = {} if config.router.reads == "both" else {"reads": config.router.reads}
-        return {"role": "router", "experts": config.partition.k, **shapes, **reads}
-    told = flops.cluster_width(config) if name == MONOLITH else 0
-    more = {"condition": "cluster", "clusters": told} if told else {}
-    return {"role": "expert", "prediction": config.expert.prediction, **shapes, **more}
+        return networks.router_facts(config)
+    return networks.expert_facts(config, flops.cluster_width(config) if name == MONOLITH else 0)
 
 
 def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
@@ -78,6 +61,10 @@ def wanted_start(config: RunConfig, name: str) -> tuple[int, int] | None:
 def wanted_tensors(config: RunConfig, name: str) -> Shapes:
     """Name and shape of every tensor of a job's ``model.safetensors``, as diffusers names them."""
     about = wanted_config(config, name)
+    if about["_class_name"] != "FluxTransformer2DModel":
+        from archipel.backbones import registry  # diffusers itself, without memory
+
+        return registry.meta_shapes(about)
     head: int = about["attention_head_dim"]
     D = head * int(about["num_attention_heads"])
     M, channels = flops.MLP_RATIO * D, int(about["in_channels"])
