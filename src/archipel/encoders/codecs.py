@@ -78,6 +78,7 @@ class _Blocks(ABC):
 
     name: str
     patch: Patch
+    causal = False  # a latent frame sees frames of its own block only, so that the first has pt of them
 
     @property
     @abstractmethod
@@ -272,6 +273,19 @@ def fit_codec(
     if config.kind == "pixels":
         return Pixels.fit(clips, rows, config.patch, stop=stop)
     return PatchPCA.fit(clips, rows, config.patch, config.channels, config.gamma, seed=seed, stop=stop)
+
+
+def still_latents(codec: Codec, frames: NDArray[np.uint8] | Tensor, clip_frames: int) -> Tensor:
+    """Latents (B, C, H, W) float32 of frames uint8 (B, height, width, 3), each as a clip that does not move.
+
+    A causal codec has a latent frame for the first frame alone: it is given that one frame. Any other gets the frame
+    ``clip_frames`` times, and the first latent frame is taken. So an image given at sampling becomes what a clip's own
+    first frame becomes in training, whatever comes after it.
+    """
+    still = from_uint8(frames[:, None])  # (B, 3, 1, height, width)
+    if not getattr(codec, "causal", False):
+        still = still.expand(-1, -1, clip_frames, -1, -1)
+    return codec.encode(still)[:, :, 0].contiguous()
 
 
 def load_codec(folder: Path) -> PatchPCA | Pixels:
