@@ -208,7 +208,7 @@ def test_what_does_not_belong_to_the_base_is_refused(tmp_path: Path) -> None:
 def test_forward_and_training_flops_against_the_counter(targets: str) -> None:
     more = {"num_layers": 3, "num_single_layers": 4, "in_channels": 16}
     adapter, rows = Adapter(4, 4.0, targets), 1
-    shape, (L, D, P) = (CHANNELS, 4, 12, 12), (8, TEXT, POOLED)
+    shape, L = (CHANNELS, 4, 12, 12), 8
     tokens = 4 * 6 * 6
 
     def count(one: base.Denoiser, backward: bool, times: int = 1) -> int:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +46,9 @@ def _inject(network: Any, rank: int, alpha: float, targets: list[str], name: str
         raise ArchipelError(
             "experts that are adapters (expert.lora_rank) need the package peft: install archipel[lora]"
         ) from error
+    about: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0}
     with _quiet():
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0), name)
+        network.add_adapter(LoraConfig(**about), name)
 
 
 @contextlib.contextmanager
@@ -235,5 +236,5 @@ def merged(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict
             continue
         B = tensors[name.replace(".lora_A.", ".lora_B.")]
         key = name.removeprefix(PREFIX).replace(".lora_A.", ".")
-        found[key] = weights[key] + cast(Tensor, B @ A).to(weights[key])
+        found[key] = weights[key] + (B @ A).to(weights[key])
     return found

@@ -7,7 +7,6 @@ has ``config.json``, ``model.safetensors`` and a card of kind "base": "sha256" o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from archipel.backbones.adapters import adapter_of
 from archipel.config import RunConfig
 from archipel.encoders import outside
 from archipel.errors import DamagedError, MissingStageError
-from archipel.run import TRUNK, Run, begins_with_base
+from archipel.run import ROUTER, TRUNK, Run, begins_with_base
 
 KIND = "base"
 
@@ -115,7 +114,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def starts_from(config: RunConfig, name: str) -> bool:
     """Whether a job begins with (or trains an adapter of) what is in ``base/``."""
-    return begins_with_base(config) and name not in (TRUNK, "router")
+    return begins_with_base(config) and name not in (TRUNK, ROUTER)
 
 
 def begin(config: RunConfig, folder: Path, seed: int, *, clusters: int = 0) -> base.Denoiser:
@@ -131,17 +130,20 @@ def begin(config: RunConfig, folder: Path, seed: int, *, clusters: int = 0) -> b
     return network
 
 
-def load_expert(config: RunConfig, folder: Path, base_folder: Path) -> base.Denoiser:
+def load_expert(config: RunConfig, folder: Path, base_folder: Path | None) -> base.Denoiser:
     """A trained expert or monolith of a run on the CPU, in eval mode: a whole network, or an adapter on a base of its own.
 
     Raises MissingStageError, DamagedError.
     """
     if adapter_of(config) is None:
         return registry.load_denoiser(folder)
+    if base_folder is None:
+        raise MissingStageError(f"{folder} is an adapter, and the base that it is one of is not at hand")
     network, sha256 = load(config, base_folder)
     return lora.load(folder, network, sha256)
 
 
-def card_fields(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job's card says of its base: the shared start's cost where it is the trunk, else the base's sha256."""
+def card_fields(folder: Path) -> dict[str, Any]:
+    """What a job's card says of the base in ``folder``: the shared start's cost where it is the trunk, else its sha256."""
+    card = read_card(folder)
     return {"warm_start": dict(card["start"])} if "start" in card else {"base": card["sha256"]}

@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 from archipel import FORMAT, store
-from archipel.backbones import flops
+from archipel.backbones import flops, spending
 from archipel.config import RunConfig
 from archipel.errors import ConfigError
 from archipel.flow.draws import ROUTE_NOISES
-from archipel.run import MONOLITH, ROUTER, Run
+from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 from archipel.training import traffic
 
 ROUTER_SHARE = 0.05  # of the training budget, at most
@@ -30,12 +30,13 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     expert, router, k = config.expert, config.router, config.partition.k
     per_clip, per_route = flops.expert_forward_flops(config), flops.router_forward_flops(config)
-    experts = k * flops.training_flops(per_clip, expert.steps, expert.batch)
+    experts = k * spending.training_flops(config, "0", expert.steps, expert.batch)
     routing = flops.training_flops(per_route, router.steps, router.batch)
     _check_router(config, per_clip, per_route, experts, routing)
     batch = config.monolith.batch or k * expert.batch
-    step = flops.training_flops(flops.monolith_forward_flops(config), 1, batch)
-    trunk = flops.training_flops(per_clip, expert.trunk_steps, batch) if expert.warm_start else 0  # in either side
+    step = spending.training_flops(config, MONOLITH, 1, batch)
+    # In either side:
+    trunk = spending.training_flops(config, TRUNK, expert.trunk_steps, batch) if expert.warm_start else 0
     steps = config.monolith.steps or max(1, math.floor((experts + routing) / step + 0.5))
     monolith = config.monolith.model_copy(
         update={"steps": steps, "batch": batch, "lr": config.monolith.lr or expert.lr},
@@ -76,7 +77,9 @@ def write_ledger(run: Run) -> dict[str, Any]:
     "tolerance", "missing": [jobs without a card], "arms": {name: {...}}, "training": {...}, "sampling": {...},
     "traffic": bytes that islands moved, and that other ways would have (see ``traffic.section``)}. What is
     missing is null, and then nothing is called matched. A warm run has "trunk": {"sha256", "flops", "steps"} of its shared
-    start, whose FLOPs are in the ratio and in both sides of "training", once in each. Raises nothing for unfinished runs.
+    start, whose FLOPs are in the ratio and in both sides of "training", once in each. Where experts begin with (or are
+    adapters of) ``base/``, "base" says what that is: {"sha256", "bytes", "source"}; "parameters" of adapters are their own.
+    Raises nothing for unfinished runs.
     """
     cards = {name: store.read_card(run.expert(name)) for name in run.job_names}
     done = {name: card for name, card in cards.items() if card is not None and card.get("run") == run.id}
@@ -102,9 +105,20 @@ def write_ledger(run: Run) -> dict[str, Any]:
         "sampling": _sampling(run.config),
         "traffic": traffic.section(done, run.expert_names, [ROUTER]),
         **({"trunk": dict(trunk)} if trunk else {}),
+        **_base(run),
     }
     store.write_json(run.ledger, ledger)
     return ledger
+
+
+def _base(run: Run) -> dict[str, Any]:
+    """The weights that every side begins with: what made them is not in this ledger, unless it is the trunk."""
+    card = store.read_card(run.base, "base")
+    if card is None:
+        return {}
+    source = "trunk" if "start" in card else run.config.expert.weights
+    size = card["files"]["model.safetensors"]["bytes"]
+    return {"base": {"sha256": card["sha256"], "bytes": size, "source": source}}
 
 
 def _arm(card: dict[str, Any]) -> dict[str, Any]:
@@ -141,14 +155,14 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
     part, k = config.sample, config.partition.k
     evaluations = part.steps if part.solver == "euler" else 2 * part.steps - 1
     branches = 1 if part.guidance in (0, 1) else 2
-    per_clip, per_route = flops.expert_forward_flops(config), flops.router_forward_flops(config)
+    per_clip, per_route = spending.forward_flops(config, "0"), flops.router_forward_flops(config)
     experts = {"top1": 1, "top2": min(2, k), "full": k, "threshold": k, "ancestral": 1, "oracle": 1, MONOLITH: 1}
     asked = 2 if part.composition == "guided-mixture" and part.guidance != 1 else 1
     table = {}
     for strategy, count in experts.items():
         drawn = strategy == "ancestral" or (strategy == MONOLITH and flops.cluster_width(config) > 0)
         routes = evaluations * asked if strategy in _ROUTED else ROUTE_NOISES * drawn
-        one = flops.monolith_forward_flops(config) if strategy == MONOLITH else per_clip
+        one = spending.forward_flops(config, MONOLITH) if strategy == MONOLITH else per_clip
         own, routing = evaluations * branches * count * one, routes * per_route
         table[strategy] = {"experts": own, "router": routing, "total": own + routing, "evaluations": evaluations}
     return {"per_clip": table, "bounds": {"threshold": "at most"}, "active_experts": experts}

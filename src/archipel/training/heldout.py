@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from archipel.backbones.base import Denoiser
-from archipel.backbones.flux import load_denoiser
 from archipel.config import RunConfig
 from archipel.contracts import Conditioning
-from archipel.training import machine
+from archipel.training import bases, machine
 from archipel.training.batches import Clips, Shard
 from archipel.training.objective import FlowObjective
 
@@ -46,15 +45,18 @@ class Silent(Denoiser):
         return torch.zeros_like(x)
 
 
-def measure(config: RunConfig, folder: Path, validation: Path, device: str | None = None) -> Measured:
-    """Held-out loss of the expert (or monolith) in ``folder`` on the clips of ``validation``, a shard's file.
+def measure(
+    config: RunConfig, folder: Path, validation: Path, device: str | None = None, *, base: Path | None = None
+) -> Measured:
+    """Held-out loss of the expert (or monolith) in ``folder`` on the clips of ``validation``, a shard's file; ``base``: the
+    folder of the base where experts are adapters.
 
     Raises DamagedError, MissingStageError for files that are not what they should be. Nothing of them is executed.
     """
     clips, on = Clips(validation), machine.pick_device(device)
     if not len(clips):
         return Measured(float("nan"), float("nan"), float("nan"), 0)
-    own = _validate(config, load_denoiser(folder), clips, on)
+    own = _validate(config, bases.load_expert(config, folder, base), clips, on)
     silent = _validate(config, Silent(config.expert.prediction), clips, on)
     half = len(own["bins"]) // 2  # times ascend; the middle one counts as noisy
     ratio = sum(own["bins"][half:]) / sum(silent["bins"][half:])

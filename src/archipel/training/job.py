@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from archipel import store
-from archipel.backbones import base, flops
+from archipel.backbones import base, flops, lora
 from archipel.errors import ArchipelError
 from archipel.progress import StopFlag
 from archipel.run import Run
-from archipel.training import checkpoint, isolation, launch, machine
+from archipel.training import bases, checkpoint, isolation, launch, machine
 from archipel.training.batches import Shard, open_shard
 from archipel.training.checkpoint import Checkpoint
 from archipel.training.journal import METRICS
@@ -31,7 +31,8 @@ logger = logging.getLogger("archipel")
 @dataclass(frozen=True)
 class Plan:
     """How a job is trained. ``kind`` is its card's; ``forward_flops`` are per clip; ``fields`` go into the card; ``warm``:
-    it begins with the weights that its shard carries, which the card then names."""
+    it begins with the weights that its shard carries, which the card then names; ``base``: with those in ``base/``.
+    ``training_flops`` are of one step on one clip (0: three forwards)."""
 
     kind: str
     settings: Settings
@@ -39,6 +40,13 @@ class Plan:
     forward_flops: int
     fields: Mapping[str, Any] = field(default_factory=dict)
     warm: bool = False
+    training_flops: int = 0
+    base: bool = False
+
+    def flops(self, steps: int) -> int:
+        """FLOPs of so many steps of the job."""
+        once = self.training_flops or flops.training_flops(self.forward_flops, 1, 1)
+        return once * steps * self.batch
 
 
 Make = Callable[[Shard, str], Objective]
@@ -202,9 +210,9 @@ class _Job:
         if not isinstance(model, base.Backbone):
             raise TypeError(f"the objective of {self.name} must train a Backbone, not {type(model).__name__}")
         state = None
-        if self.ranks.size > 1:
+        if self.ranks.size > 1 or lora.is_adapted(model.facts):
             # None on all processes but the first, which alone writes.
-            state = {name: cast(Any, self.ranks.whole(p, p)) for name, p in model.network.state_dict().items()}
+            state = {name: cast(Any, self.ranks.whole(p, p)) for name, p in lora.parameters(model).items()}
         others = self.ranks.texts(json.dumps(self.touched.as_dict() | {"evidence": []}))
 
         def write() -> None:
@@ -213,7 +221,8 @@ class _Job:
                 self.touched.read.update(seen["read"])
                 self.touched.wrote.update(seen["wrote"])
                 self.touched.connected.update(seen["connected"])
-            files = base.save(model.cpu() if state is None else model, self.folder, state)
+            own = None if state is None else lora.to_file(model.facts, state)
+            files = base.save(model.cpu() if own is None else model, self.folder, own)
             self._write_card(model, files, shard, outcome, builds)
 
         self.ranks.lead(write)
@@ -231,7 +240,7 @@ class _Job:
             **plan.fields,
             network=model.facts,
             sha256=store.sha256_file(self.folder / files[0]),
-            parameters=model.parameters_total,
+            parameters=sum(p.numel() for p in lora.parameters(model).values()),
             steps=outcome.steps,
             batch=plan.batch,
             samples=samples,
@@ -239,7 +248,7 @@ class _Job:
             validation_clips=len(shard.validation),
             epochs=round(samples / len(shard.train), 4),
             forward_flops=plan.forward_flops,
-            flops=flops.training_flops(plan.forward_flops, outcome.steps, plan.batch),
+            flops=plan.flops(outcome.steps),
             seconds=round(outcome.seconds, 3),
             resumed=outcome.resumed,
             validation=outcome.validation,
@@ -250,6 +259,7 @@ class _Job:
             bitwise=len(builds) == 1,
             touched=self.touched.as_dict(),
             **({"warm_start": dict(shard.start or {})} if plan.warm else {}),
+            **(bases.card_fields(self.run.base) if plan.base else {}),
             **({} if self.facts is None else {"island": dict(self.facts())}),
         )
 

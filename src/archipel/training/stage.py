@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from archipel.backbones import flops
+from archipel.backbones import flops, spending
 from archipel.backbones.flux import build_expert
 from archipel.errors import ArchipelError
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, TRUNK, Run
+from archipel.training import bases
 from archipel.training.batches import Shard
 from archipel.training.job import Plan, train_job
 from archipel.training.local import Local
@@ -34,8 +35,16 @@ def plan(run: Run, name: str) -> Plan:
     else:
         settings, batch = Settings.of(part, keep=part.keep), part.batch
     cluster = int(name) if name.isdigit() else None
-    forward = flops.monolith_forward_flops if name == MONOLITH else flops.expert_forward_flops
-    return Plan("expert", settings, batch, forward(run.config), {"cluster": cluster}, starts_warm(run.config, name))
+    return Plan(
+        "expert",
+        settings,
+        batch,
+        spending.forward_flops(run.config, name),
+        {"cluster": cluster},
+        starts_warm(run.config, name),
+        training_flops=spending.training_flops(run.config, name, 1, 1),
+        base=bases.starts_from(run.config, name),
+    )
 
 
 def train(
@@ -68,7 +77,10 @@ def train(
                 f"{shard.train.path}: latents {shard.train.latent_shape} and text {shard.train.text_shape} are not those "
                 f"of run.toml, {latent} and {text}: run `archipel prepare` and `archipel partition` again"
             )
-        network = build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters)
+        if job.base:
+            network = bases.begin(config, run.base, config.run.seed, clusters=clusters)
+        else:
+            network = build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters)
         if job.warm:
             load_start(network, shard)
         return FlowObjective(

@@ -19,8 +19,8 @@ from archipel.training.batches import Shard
 
 
 def starts_warm(config: RunConfig, name: str) -> bool:
-    """Whether a job begins with the trunk's weights."""
-    return config.expert.warm_start == TRUNK and name not in (TRUNK, ROUTER)
+    """Whether a job begins with the trunk's weights that its shard carries. Adapters over the trunk have it as ``base/``."""
+    return config.expert.warm_start == TRUNK and not config.expert.lora_rank and name not in (TRUNK, ROUTER)
 
 
 @torch.no_grad()
