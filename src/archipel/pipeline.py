@@ -201,11 +201,21 @@ def train(
 
             stage(run, name, seconds=seconds, threads=threads, stop=stop, local=local)
     if name == TRUNK and launched()[0] == 0 and run.done(run.expert(TRUNK)):
+        _carry_trunk(run, stop)
+
+
+def _carry_trunk(run: Run, stop: StopFlag | None) -> None:
+    """Bring the trunk to the jobs: into their shards, or as the base that they are adapters of."""
+    from archipel.training.bases import from_trunk
+
+    if run.config.expert.lora_rank:
+        from_trunk(run)
+    else:
         partition(run, stop)
 
 
 def train_trunk(run: Run, stop: StopFlag | None = None, *, threads: int | None = None) -> None:
-    """The shared start of a warm run, in this process: shards without it, its training, then shards that carry it.
+    """The shared start of a warm run, in this process: shards without it, its training, then shards (or a base) that carry it.
     Does nothing where they do."""
     from archipel.partition.shards import carries_start
 
@@ -214,7 +224,7 @@ def train_trunk(run: Run, stop: StopFlag | None = None, *, threads: int | None =
     with _stopping(stop) as flag:
         partition(run, flag)
         if not carries_start(run):
-            train(run, TRUNK, threads=threads, stop=flag)
+            train(run, TRUNK, threads=threads, stop=flag)  # one that is trained already is only carried
 
 
 def train_all(

@@ -21,7 +21,7 @@ from archipel.errors import DamagedError
 from archipel.manifest import Clip, Split, read_manifest, rows_of
 from archipel.partition.assignment import load_assignment
 from archipel.progress import Progress, StopFlag, log_to
-from archipel.run import MONOLITH, TRUNK, Run
+from archipel.run import MONOLITH, TRUNK, Run, begins_with_base
 
 SHARD_SPLITS: tuple[Split, ...] = ("train", "validation")
 INIT = "init.safetensors"
@@ -79,14 +79,16 @@ def _current(run: Run, name: str, source: dict[str, str], start: Mapping[str, An
 
 def _start(run: Run) -> dict[str, Any] | None:
     """What shards say about the shared start; None where the run has none, or it is not trained here."""
-    if run.config.expert.warm_start != TRUNK or not run.done(run.expert(TRUNK)):
+    if run.config.expert.warm_start != TRUNK or begins_with_base(run.config) or not run.done(run.expert(TRUNK)):
         return None
     card = store.read_card(run.expert(TRUNK)) or {}
     return {key: card[key] for key in ("sha256", "flops", "steps")}
 
 
 def carries_start(run: Run) -> bool:
-    """Whether every shard carries the weights that its job begins with."""
+    """Whether every shard carries the weights that its job begins with; or ``base/`` has them, where jobs begin with that."""
+    if begins_with_base(run.config):
+        return run.done(run.base)
     cards = [store.read_card(run.shard(name)) or {} for name in (*run.expert_names, MONOLITH)]
     return all(INIT in card.get("files", {}) for card in cards)
 
