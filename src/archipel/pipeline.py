@@ -166,8 +166,13 @@ def _alone(run: Run, stage: str, *folders: Path) -> Iterator[None]:
 def prepare(run: Run, stop: StopFlag | None = None, engine: Engine | None = None) -> None:
     from archipel.prepare import prepare as stage
 
-    with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec):
+    with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec, run.base):
         stage(run, flag, None if engine is None else engine.items)
+        if run.config.expert.weights and not run.done(run.base):
+            from archipel.training.bases import take
+
+            with log_to(run.log("prepare")):
+                take(run)
 
 
 def partition(run: Run, stop: StopFlag | None = None) -> None:
@@ -324,6 +329,7 @@ def states(run: Run) -> list[StageState]:
         return "done" if done else "partly" if partly else "missing"
 
     prepared = run.done(run.clips) and run.done(run.codec) and (run.cache / "index.json").exists()
+    prepared = prepared and (not run.config.expert.weights or run.done(run.base))
     ready = _features_ready(run) if prepared else False
     return [
         StageState("prepare", of(prepared and ready, run.cache.exists()), ""),

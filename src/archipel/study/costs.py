@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from archipel import store
-from archipel.backbones import flops
+from archipel.backbones import flops, spending
 from archipel.flow.draws import ROUTE_NOISES
 from archipel.run import MONOLITH, ROUTER, Run
 from archipel.study.arms import asks_router, experts_called
@@ -60,7 +60,7 @@ def sampling(run: Run, router: Run, arm: Arm) -> dict[str, Any]:
     guided = float(arm.settings.get("guidance", part.guidance)) not in (0.0, 1.0)
     calls = evaluations * (2 if guided else 1) * experts_called(arm, config.partition.k)
     alone = arm.how in (MONOLITH, "cluster")
-    per_clip = flops.monolith_forward_flops(config) if alone else flops.expert_forward_flops(config)
+    per_clip = spending.forward_flops(config, MONOLITH if alone else "0")
     asked = asks_router(arm)
     branches = 2 if part.composition == "guided-mixture" and guided else 1
     routes = {"steps": evaluations * branches, "half": evaluations / 2 + ROUTE_NOISES, "once": ROUTE_NOISES}.get(

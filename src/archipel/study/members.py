@@ -191,6 +191,8 @@ def share(run: Run, member: Run) -> None:
             _adopt(source, target, member)
     if not same:
         pipeline.prepare(member)
+    elif member.config.expert.weights:
+        bases.take(member)
 
 
 def _link(source: Path, target: Path) -> None:
