@@ -22,7 +22,7 @@ from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, TRUNK, Run
 from archipel.study.plan import MAIN, MIXED, TEST, VALIDATION, Member, Plan, member_config
 from archipel.study.prompts import Prompts
-from archipel.training import machine
+from archipel.training import bases, machine
 
 _KINDS = ("pixels", "latents", "text", "features")
 _CARD = ("format", "kind", "run", "files", "check")
