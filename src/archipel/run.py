@@ -97,6 +97,11 @@ class Run:
         return self.root / "codec"
 
     @property
+    def text(self) -> Path:
+        """Text encoders that were brought from outside (``text.path``)."""
+        return self.root / "text"
+
+    @property
     def base(self) -> Path:
         """Weights that every expert begins with or is an adapter of, where the run has such (``begins_with_base``)."""
         return self.root / "base"

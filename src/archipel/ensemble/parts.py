@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from archipel.contracts import Codec, Conditioning, Posterior, TextEncoder, Velo
 from archipel.errors import ArchipelError, MissingStageError
 from archipel.routing.router import CALIBRATION, load_router, read_calibration
 from archipel.run import DAMAGED, ROUTER, Run
+
+if TYPE_CHECKING:
+    from archipel.backbones.lora import Bank
 
 OPENER = "archipel.islands.remote:open_source"
 """``open_source(url, run_id) -> Source`` for runs that are no folders, as ``module:function``."""
@@ -54,6 +57,14 @@ class Source(Protocol):
 
     def codec(self) -> Path:
         """A folder on this disk with the codec."""
+        ...
+
+    def base(self) -> Path:
+        """A folder on this disk with the base that experts are adapters of, where they are."""
+        ...
+
+    def text(self) -> Path:
+        """A folder on this disk with the text encoders, where they were brought from outside."""
         ...
 
     def how(self, names: Sequence[str]) -> str:
@@ -95,6 +106,14 @@ class RunFolder:
     def codec(self) -> Path:
         self.run.need(self.run.codec, "prepare")
         return self.run.codec
+
+    def base(self) -> Path:
+        self.run.need(self.run.base, "prepare" if self.run.config.expert.weights else "train RUN trunk")
+        return self.run.base
+
+    def text(self) -> Path:
+        self.run.need(self.run.text, "prepare")
+        return self.run.text
 
     def how(self, names: Sequence[str]) -> str:
         verbs = ["route" if name == ROUTER else "train" for name in names]
@@ -157,12 +176,23 @@ class Parts:
         return _Lazy(self, name)
 
     def denoiser(self, name: str) -> Velocity:
-        from archipel.backbones.flux import load_denoiser
+        """A trained network, loaded now. Where experts are adapters, they share the base's memory and take turns on it."""
+        from archipel.backbones.registry import load_denoiser
 
         def load(folder: Path) -> Velocity:
+            if self.config.expert.lora_rank:
+                return self._bank.load(folder)
             return cast(Velocity, load_denoiser(folder).eval().to(self.device))
 
         return cast(Velocity, self._load(name, load))
+
+    @cached_property
+    def _bank(self) -> Bank:
+        from archipel.backbones.lora import Bank
+        from archipel.training.bases import load
+
+        network, sha256 = load(self.config, self.source.base())
+        return Bank(network.to(self.device), sha256)
 
     def _load(self, name: str, load: Callable[[Path], object]) -> object:
         with self._lock:
