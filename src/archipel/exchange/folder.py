@@ -85,6 +85,7 @@ def export(
             "missing": missing,
             "licence": licence,
         }
+        about |= {"codec": codec_sha256(source.codec()), "text": text_said(run)}
         about |= {"source": model_card.source_of(run), "cards": {name: _public(card) for name, card in cards.items()}}
         store.write_text(made / CARD, model_card.write(run, cards, missing, licence))
         listed = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file())
@@ -94,6 +95,19 @@ def export(
         store.write_json(made / FACTS, {"format": FORMAT, "kind": _KIND, **about, "files": files})
         size = sum(int(entry["bytes"]) for entry in files.values())
     return Export(folder, [name for name in names if name.isdigit()], missing, size)
+
+
+def codec_sha256(folder: Path) -> str | None:
+    """sha256 of a codec's weights as its card states it; None where there is none."""
+    card = store.read_card(folder, "codec") or {"files": {}}
+    found = card["files"].get("model.safetensors", {}).get("sha256")
+    return found if isinstance(found, str) else None
+
+
+def text_said(run: Run) -> dict[str, Any]:
+    """What decides the numbers that a caption becomes: encoder, tokens, and sha256 of its weights where it is from outside."""
+    text = run.config.text
+    return {"encoder": text.encoder, "tokens": text.tokens, "sha256": text.sha256}
 
 
 def is_export(folder: Path) -> bool:
