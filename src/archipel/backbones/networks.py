@@ -224,33 +224,14 @@ def expert_network(config: RunConfig, *, clusters: int = 0, image: bool | None =
 
 
 def _check(network: Network, config: RunConfig) -> None:
-    """Whether released weights can read this run's latents and captions; ConfigError naming both sides if not."""
-    latent, text, found = flops.latent_shape(config), flops.text_shape(config), reads(network)
-    size = patch(network, config.expert.patch)
-    wanted = latent[0] * (math.prod(size) if network["_class_name"] in _PACKED else 1)
-    if found.channels != wanted:
-        per = f" times a patch of {size[1]}x{size[2]}" if wanted != latent[0] else ""
-        raise ConfigError(
-            f"expert.weights reads {found.channels} channels, but codec.kind = {config.codec.kind!r} gives {latent[0]}{per}: "
-            "take the autoencoder that these weights were trained with (and expert.patch = 2 for FLUX)"
-        )
-    if any(whole % part for whole, part in zip(latent[1:], size, strict=True)):
-        raise ConfigError(f"the latents are {latent[1:]}, which expert.weights cannot cut into patches of {size}")
-    if found.text != text[1]:
-        raise ConfigError(
-            f"expert.weights reads text tokens of width {found.text}, but text.encoder = {config.text.encoder!r} gives {text[1]}"
-        )
-    if found.pooled not in (None, text[2]):
-        raise ConfigError(
-            f"expert.weights reads pooled vectors of width {found.pooled}, but text.encoder = {config.text.encoder!r} gives {text[2]}"
-        )
+    """What adapters cannot use of released weights; ConfigError saying so. Channels and widths are ``config.fits``'s matter."""
     if network.get("image_dim") or network.get("added_kv_proj_dim"):
         raise ConfigError(
             "expert.weights is a Wan image-to-video model with an image encoder of its own, which is not supported: use a "
             "text-to-video model; expert.tasks gives it frames"
         )
     if network["_class_name"] not in ("FluxTransformer2DModel", "WanTransformer3DModel"):
-        networks_more.check(network, latent, text)
+        networks_more.check(config, network)
 
 
 def monolith_network(config: RunConfig) -> Network:

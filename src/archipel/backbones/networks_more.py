@@ -94,78 +94,59 @@ def facts(config: RunConfig) -> dict[str, Any]:
     if part.backbone == "ltx":
         return {"rope_scale": [pt / config.clips.fps, ph, pw]}
     if part.backbone == "cogvideox" and part.weights:
-        schedule = part.network.get(SCHEDULE)
-        return {"mask_text": False, **({"schedule": dict(schedule)} if schedule else {})}
+        schedule = _schedule(config)
+        return {"mask_text": False, **({"schedule": schedule} if schedule else {})}
     return {}
 
 
-def with_schedule(network: Mapping[str, Any], scheduler: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    """The configuration of released weights with what the ``scheduler_config.json`` beside them says (None: there is none).
+def _schedule(config: RunConfig) -> dict[str, Any] | None:
+    """The DDPM schedule of CogVideoX's released weights; None where they were trained on a flow (an expert of ours).
 
-    CogVideoX's own weights predict v on a DDPM schedule and need it; where the scheduler is a flow's, or the class another,
-    nothing is added. Raises ConfigError where it is missing or not known, naming ``where``.
+    Raises ConfigError where it is missing or not known.
     """
-    if network.get("_class_name") != "CogVideoXTransformer3DModel":
-        return dict(network)
-    if scheduler is None:
+    given = config.expert.network.get(SCHEDULE)
+    if not isinstance(given, Mapping):
         raise ConfigError(
-            f"{where} has no scheduler/scheduler_config.json: CogVideoX's weights mean nothing without the schedule they were "
-            "trained on; give the whole pipeline's folder as expert.weights"
+            f"{config.expert.weights} has no scheduler/scheduler_config.json: CogVideoX's weights mean nothing without the "
+            "schedule that they were trained on; give the whole pipeline's folder as --weights"
         )
-    if str(scheduler.get("_class_name")).startswith("FlowMatch"):
-        return dict(network)
-    return {**network, SCHEDULE: ddpm.recipe(scheduler, f"{where}: scheduler_config.json")}
+    if str(given.get("_class_name")).startswith("FlowMatch"):
+        return None
+    return ddpm.recipe(given, f"{config.expert.weights}: scheduler_config.json")
 
 
-def check(network: Mapping[str, Any], latent: tuple[int, int, int, int], text: tuple[int, int, int]) -> None:
-    """Whether one of these transformers can read clips of this shape and such captions: ConfigError naming both sides if not.
+def check(config: RunConfig, network: Mapping[str, Any]) -> None:
+    """Whether experts can begin with the weights of ``network`` (complete), beyond what ``config.fits`` compares.
 
-    ``network`` states every argument (``networks.complete``); of another class it is not looked at.
+    Raises ConfigError for a variant that needs inputs which an expert is not given, and naming both sides where a CogVideoX
+    has no places for such clips or captions, or no schedule.
     """
-    (_, T, H, W), (L, width, pooled), kind = latent, text, str(network["_class_name"])
-    if not kind.startswith(("LTX", "Hunyuan", "CogVideoX")):
-        return
-    p, pt = network.get("patch_size", 1), network.get("patch_size_t") or 1
-    if H % p or W % p or T % pt:
-        raise ConfigError(f"the latents are {T}x{H}x{W}, which expert.weights cannot cut into patches of {pt}x{p}x{p}")
-    wanted = network["caption_channels" if kind.startswith("LTX") else "text_embed_dim"]
-    if wanted != width:
-        raise ConfigError(f"expert.weights reads text of width {wanted}, but the text encoder gives {width}")
-    if kind.startswith("Hunyuan"):
-        _check_hunyuan(network, pooled)
-    if kind.startswith("CogVideoX"):
-        _check_cogvideox(network, (H, W), L)
-
-
-def _check_hunyuan(network: Mapping[str, Any], pooled: int) -> None:
-    if network["pooled_projection_dim"] != pooled:
-        raise ConfigError(
-            f"expert.weights reads pooled vectors of width {network['pooled_projection_dim']}, but the text encoder gives {pooled}"
-        )
     if network.get("image_condition_type") == "token_replace":
         raise ConfigError(
-            "expert.weights is a HunyuanVideo image-to-video model that replaces tokens (image_condition_type = token_replace), "
-            "which is not supported: use a text-to-video model; expert.tasks gives it frames"
+            f"{config.expert.weights} is a HunyuanVideo image-to-video model that replaces tokens (image_condition_type = "
+            "token_replace), which is not supported: use a text-to-video model; expert.tasks gives it frames"
         )
-
-
-def _check_cogvideox(network: Mapping[str, Any], space: tuple[int, int], L: int) -> None:
-    sample = (network["sample_height"], network["sample_width"])
     if network.get("ofs_embed_dim"):
         raise ConfigError(
-            "expert.weights is a CogVideoX 1.5 image-to-video model (ofs_embed_dim), which is not supported: use a text-to-video "
-            "model; expert.tasks gives it frames"
+            f"{config.expert.weights} is a CogVideoX 1.5 image-to-video model (ofs_embed_dim), which is not supported: use a "
+            "text-to-video model; expert.tasks gives it frames"
         )
-    if not network.get("use_rotary_positional_embeddings") and network["max_text_seq_length"] != L:
+    if network["_class_name"] == "CogVideoXTransformer3DModel":
+        _schedule(config)
+        _check_places(config, network)
+
+
+def _check_places(config: RunConfig, network: Mapping[str, Any]) -> None:
+    (_, _, H, W), weights = flops.latent_shape(config), config.expert.weights
+    high, wide = network["sample_height"], network["sample_width"]
+    most, learned = network["max_text_seq_length"], network["use_learned_positional_embeddings"]
+    if not network["use_rotary_positional_embeddings"] and config.text.tokens != most:
         raise ConfigError(
-            f"expert.weights has places for {network['max_text_seq_length']} text tokens, but text.tokens is {L}: set it to that"
+            f"{weights} has places for {most} text tokens, but text.tokens is {config.text.tokens}: set it to {most}"
         )
-    fixed = network.get("use_learned_positional_embeddings") or network.get("patch_size_t")
-    if fixed and (space[0] > sample[0] or space[1] > sample[1]):
+    # Tables of learned places have one size; CogVideoX 1.5 cuts its own from the corner of one that must be large enough.
+    if (learned and (high, wide) != (H, W)) or (network["patch_size_t"] and (high < H or wide < W)):
         raise ConfigError(
-            f"expert.weights has places for latents of at most {sample[0]}x{sample[1]}, not {space[0]}x{space[1]}"
-        )
-    if network.get("use_learned_positional_embeddings") and space != sample:
-        raise ConfigError(
-            f"expert.weights has learned places for latents of {sample[0]}x{sample[1]} only, not {space[0]}x{space[1]}"
+            f"{weights} has places for latents of {high}x{wide}{'' if learned else ' at most'}, but clips.size = {config.clips.size} "
+            f"makes {H}x{W}"
         )

@@ -19,6 +19,7 @@ from archipel.errors import ConfigError
 
 VAE = ("vae",)
 TRANSFORMER = ("transformer",)
+SCHEDULER = "scheduler"  # beside it: what CogVideoX's weights were trained on, see backbones.networks_more
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _SEES_PADDING = ("flux", "ltx", "cogvideox")  # whose pipelines give the text encoder no mask of the padding
 Shape = tuple[tuple[int, int, int], int, bool]  # patch, channels, causal
@@ -189,7 +190,7 @@ def text_values(source: str) -> dict[str, Any]:
 
 def weights_values(source: str) -> dict[str, Any]:
     """The keys of the section ``expert`` for a trained transformer in ``source``."""
-    (place, *_) = outside.find(source, TRANSFORMER, "weights")
+    place, *others = outside.find(source, (*TRANSFORMER, SCHEDULER), "weights")
     config = outside.read_config(place, "weights")
     found = config.get("_class_name")
     names = {name: backbone for backbone, name in BACKBONE_CLASS.items()}
@@ -198,17 +199,21 @@ def weights_values(source: str) -> dict[str, Any]:
             f"weights {source!r} are of the class {found!r}, not one of the transformers that Archipel knows: "
             f"{', '.join(names)}"
         )
+    network = _stated(config)
+    if names[str(found)] == "cogvideox" and others:
+        network["_schedule"] = _stated(outside.read_config(others[0], "weights", "scheduler_config.json"))
     return {
         "backbone": names[str(found)],
         "weights": outside.absolute(source),
-        # run.toml has no word for null; what a file leaves out has diffusers' own default, which is None for those.
-        "network": {
-            key: value
-            for key, value in config.items()
-            if value is not None and (not key.startswith("_") or key == "_class_name")
-        },
+        "network": network,
         "weights_sha256": _sha256(source, [place], "weights"),
     }
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without null, for which run.toml has no word (a key that is left out has diffusers' own default, which
+    is None for those), and without what says only which version wrote it."""
+    return {k: v for k, v in config.items() if v is not None and (not k.startswith("_") or k == "_class_name")}
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------------
