@@ -174,12 +174,19 @@ def load_denoiser(folder: Path) -> base.Denoiser:
     """A trained expert or monolith on the CPU, in eval mode. Raises MissingStageError, DamagedError."""
     facts, config, tensors = base.read_folder(folder, f"train RUN {folder.name}")
     kind = adapter(config.get("_class_name"), folder / base.CONFIG)
-    if facts.get("role") != "expert" or facts.get("prediction") not in kind.PREDICTIONS:
-        raise DamagedError(f"{folder / 'card.json'}: network = {facts!r} does not describe an expert")
-    clusters, text = facts.get("clusters", 0), facts.get("text_shape")
-    told = type(clusters) is int and clusters > 0 if facts.get("condition", "none") == "cluster" else clusters == 0
-    if not told or (clusters and text and networks.reads(config).pooled != text[-1] + clusters):
-        raise DamagedError(
-            f"{folder / 'card.json'}: condition and clusters of network = {facts!r} do not fit its weights"
-        )
+    check_facts(facts, config, folder / "card.json")
     return kind(build_network(config, tensors, folder / base.CONFIG, folder / base.WEIGHTS), facts).eval()
+
+
+def check_facts(facts: dict[str, Any], config: dict[str, Any], where: Path | str) -> None:
+    """Whether a card's ``network`` describes an expert of this configuration. Raises DamagedError, naming ``where``."""
+    prediction, text = facts.get("prediction"), facts.get("text_shape")
+    if facts.get("role") != "expert" or prediction not in adapter(config.get("_class_name")).PREDICTIONS:
+        raise DamagedError(f"{where}: network = {facts!r} does not describe an expert")
+    clusters, patch = facts.get("clusters", 0), facts.get("patch", 1)
+    told = type(clusters) is int and clusters > 0 if facts.get("condition", "none") == "cluster" else clusters == 0
+    if not told or (clusters and text and config.get("pooled_projection_dim") != text[-1] + clusters):
+        raise DamagedError(f"{where}: condition and clusters of network = {facts!r} do not fit its weights")
+    switches = all(isinstance(facts.get(key, False), bool) for key in ("image", "mask_text"))
+    if not switches or type(patch) is not int or patch < 1:
+        raise DamagedError(f"{where}: patch, image and mask_text of network = {facts!r} are a number and two switches")
