@@ -79,16 +79,19 @@ def write_ledger(run: Run) -> dict[str, Any]:
     missing is null, and then nothing is called matched. A warm run has "trunk": {"sha256", "flops", "steps"} of its shared
     start, whose FLOPs are in the ratio and in both sides of "training", once in each. Where experts begin with (or are
     adapters of) ``base/``, "base" says what that is: {"sha256", "bytes", "source"}; "parameters" of adapters are their own.
-    Raises nothing for unfinished runs.
+    "imported": experts from elsewhere, whose cost is not this run's: with one of them nothing is called matched, and
+    "ratio" is null. Raises nothing for unfinished runs.
     """
     cards = {name: store.read_card(run.expert(name)) for name in run.job_names}
     done = {name: card for name, card in cards.items() if card is not None and card.get("run") == run.id}
-    spent = {name: int(card["flops"]) for name, card in done.items()}
+    imported = [name for name, card in done.items() if card.get("imported")]
+    own = {name: card for name, card in done.items() if name not in imported}
+    spent = {name: int(card["flops"]) for name, card in own.items()}
     missing = [name for name in run.job_names if name not in done]
     trunk = next((card["warm_start"] for card in done.values() if card.get("warm_start")), None)
     shared = int(trunk["flops"]) if trunk else 0
     archipelago = sum(spent[name] for name in (*run.expert_names, ROUTER) if name in spent) + shared
-    ratio = archipelago / (spent[MONOLITH] + shared) if not missing and spent[MONOLITH] else None
+    ratio = archipelago / (spent[MONOLITH] + shared) if not (missing or imported) and spent[MONOLITH] else None
     tolerance = run.config.compute.tolerance
     ledger = {
         "format": FORMAT,
@@ -101,9 +104,10 @@ def write_ledger(run: Run) -> dict[str, Any]:
         "tolerance": tolerance,
         "missing": missing,
         "arms": {name: _arm(card) for name, card in done.items()},
-        "training": _training(run, done, shared),
+        "training": _training(run, own, shared),
         "sampling": _sampling(run.config),
         "traffic": traffic.section(done, run.expert_names, [ROUTER]),
+        **({"imported": imported} if imported else {}),
         **({"trunk": dict(trunk)} if trunk else {}),
         **_base(run),
     }
