@@ -18,6 +18,11 @@ TRUNK = (
 DAMAGED = "damaged"  # stands where a version would, for a part that is there and cannot be used
 
 
+def starts_warm(config: RunConfig) -> bool:
+    """Whether experts and monolith begin with the trunk's weights, which their shards then carry."""
+    return config.expert.warm_start == TRUNK and not config.expert.lora_rank
+
+
 def begins_with_base(config: RunConfig) -> bool:
     """Whether experts and monolith begin with (or are adapters of) the weights in ``base/``, which every job then needs."""
     return bool(config.expert.weights or config.expert.lora_rank)

@@ -22,10 +22,10 @@ from archipel.islands.bundle import CALIBRATION, Held, Job
 from archipel.islands.card import CARD, CONFIG, LISTED, METRICS, MODEL, Card, Commit, parse_commit
 from archipel.islands.claims import chain
 from archipel.islands.objects import Objects, StoreError, decode, encode
-from archipel.islands.remote import Admitted, listed_files, read_admitted
+from archipel.islands.remote import Admitted, cached_run, fetch_base, listed_files, read_admitted
 from archipel.islands.strict import Refusal, parse_json, shown
 from archipel.islands.trust import Source
-from archipel.run import ROUTER, Run
+from archipel.run import ROUTER, Run, begins_with_base
 
 RULES = ("format", "path", "size", "shape", "config", "finite", "checksum", "signature", "fence", "loss")
 LOADED = (CARD, CONFIG, MODEL)  # what an ensemble needs of a result
@@ -93,7 +93,7 @@ def _check_published(bucket: Bucket, source: Source) -> None:
 
 def _folder(run: Run, name: str, source: Source) -> Answer:
     folder, pointer = run.expert(name), run.root / keys.ADMITTED / f"{name}.json"
-    job, rules = Job(run.config, run.id, name), source.trust
+    job, rules = Job(run.config, run.id, name, _own_base(run)), source.trust
     sha256: str | None = None
     try:
         if not folder.is_dir():
@@ -109,7 +109,7 @@ def _folder(run: Run, name: str, source: Source) -> Answer:
         shard = run.shard(name)
         run.need(shard, "partition")
         _check_intact(shard)
-        held = Held(shard / "validation.safetensors", store.read_card(shard, "shard") or {})
+        held = Held(shard / "validation.safetensors", store.read_card(shard, "shard") or {}, run.base)
         _check_clips(card, held, job)
         told = bundle.check_loss(folder, card, job, held, rules.loss)
     except Refusal as refusal:
@@ -119,6 +119,15 @@ def _folder(run: Run, name: str, source: Source) -> Answer:
         return Answer(False, refusal.rule, refusal.detail)
     store.write_json(pointer, _pointer(run.id, name, sha256, 0, _sizes(folder, LOADED)))
     return Answer(True, None, told)
+
+
+def _own_base(run: Run) -> str | None:
+    """sha256 of the weights that the run's jobs begin with; None where they begin with none."""
+    if not begins_with_base(run.config):
+        return None
+    run.need(run.base, "prepare")
+    _check_intact(run.base)
+    return str((store.read_card(run.base, "base") or {})["sha256"])
 
 
 def _check_intact(shard: Path) -> None:
@@ -135,7 +144,7 @@ class _Bucket:
 
     def __init__(self, bucket: Bucket, name: str, source: Source) -> None:
         self.bucket, self.objects, self.name, self.trust = bucket, bucket.objects, name, source.trust
-        self.job = Job(bucket.config, bucket.id, name)
+        self.job = Job(bucket.config, bucket.id, name, bucket.base)
         self.opening, self.above, self.top = 0, 0, 0
         self.found = False  # whether anything is committed
         self.commit: Commit | None = None
@@ -246,7 +255,10 @@ class _Bucket:
         prefix = any_key.rpartition("/")[0]
         for file in (CARD, "validation.safetensors"):
             self.bucket.fetch(f"{prefix}/{file}", folder / file)
-        return Held(folder / "validation.safetensors", store.read_card(folder, "shard") or {})
+        base = None
+        if self.job.config.expert.lora_rank and self.name != ROUTER and self.trust.loss.required:
+            base = fetch_base(self.bucket, cached_run(self.bucket))
+        return Held(folder / "validation.safetensors", store.read_card(folder, "shard") or {}, base)
 
     # --- the owner's word ---------------------------------------------------------------------------------------
 
@@ -331,7 +343,9 @@ def _check_clips(card: Card, held: Held, job: Job) -> None:
                 f"{CARD}: {split}_clips is {getattr(card, f'{split}_clips')}, the shard has {counts.get(split)}",
             )
     begun = None if card.warm_start is None else card.warm_start.model_dump()
-    if begun is not None and begun != held.card.get("init"):
+    if begun is not None and job.base is not None and begun["sha256"] != job.base:
+        raise Refusal("config", f"{CARD}: warm_start is not the base that the run's experts are adapters of")
+    if begun is not None and job.base is None and begun != held.card.get("init"):
         raise Refusal("config", f"{CARD}: warm_start is not the start that the job's shard carries")
     prior = held.card.get("prior", [])
     if job.name == ROUTER and not (

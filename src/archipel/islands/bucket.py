@@ -19,7 +19,7 @@ from archipel.errors import ArchipelError, DamagedError
 from archipel.islands import keys
 from archipel.islands.claims import State, read_state
 from archipel.islands.objects import PATIENCE, Objects, decode
-from archipel.run import MONOLITH, ROUTER
+from archipel.run import MONOLITH, ROUTER, begins_with_base
 
 _MAX_RUN = 1 << 20  # bytes of run.toml
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -87,6 +87,19 @@ class Bucket:
     def jobs(self) -> list[str]:
         """Experts, monolith and router: from the configuration, never from what lies in the bucket."""
         return [*(str(k) for k in range(self.config.partition.k)), MONOLITH, ROUTER]
+
+    @property
+    def base(self) -> str | None:
+        """sha256 of the weights that experts begin with or are adapters of; None where they begin with none. Raises
+        DamagedError where they should be published and are not."""
+        if not begins_with_base(self.config):
+            return None
+        file = self.files.get(f"{keys.BASE}/model.safetensors")
+        if file is None:
+            raise DamagedError(
+                f"{keys.PUBLISHED} in {self.url} lists no {keys.BASE}, which this run's experts begin with: publish the run again"
+            )
+        return file.sha256
 
     def shard(self, name: str) -> dict[str, File]:
         """The published files of the shard that a job trains on, by key. Raises DamagedError where there are none."""

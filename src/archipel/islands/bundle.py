@@ -45,19 +45,23 @@ _ASIDE = re.compile(
 
 @dataclass(frozen=True)
 class Job:
-    """Which job of which run the files are to be the result of."""
+    """Which job of which run the files are to be the result of; ``base``: sha256 of the weights that the run's jobs begin
+    with, where they do."""
 
     config: RunConfig
     run_id: str
     name: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the result is measured on: the shard's validation clips and the numbers of its card."""
+    """What the result is measured on: the shard's validation clips and the numbers of its card; and the folder of the base,
+    where the result is an adapter."""
 
     validation: Path
     card: Mapping[str, Any]
+    base: Path | None = None
 
 
 def limits(bounds: Bounds, job: Job) -> dict[str, int]:
@@ -126,7 +130,7 @@ def check_card(folder: Path, job: Job, bounds: Bounds) -> tuple[Card, str]:
     """The card of a result and its sha256. Raises Refusal ("format", "path", "size", "config", "checksum")."""
     data = read_bounded(folder / CARD, bounds.card)
     check_magic(CARD, data[:512])
-    card = parse_card(parse_json(data, CARD), job.config, job.run_id, job.name)
+    card = parse_card(parse_json(data, CARD), job.config, job.run_id, job.name, job.base)
     most = limits(bounds, job)
     for name, entry in card.files.items():
         if entry.bytes > most[name]:
@@ -205,7 +209,7 @@ def check_loss(folder: Path, card: Card, job: Job, held: Held, trust: Loss) -> s
         from archipel.training import heldout as expert
 
         bars, what = (trust.bar, trust.overall), "a network that says nothing"
-        found = expert.measure(job.config, folder, held.validation)
+        found = expert.measure(job.config, folder, held.validation, base=held.base)
     told = f"held-out loss {found.loss:.4f} on {found.clips} clips"
     for ratio, bar, times in ((found.ratio, bars[0], "the noisier times"), (found.overall, bars[1], "all times")):
         if not ratio <= bar:  # NaN is refused too

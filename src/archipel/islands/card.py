@@ -16,6 +16,7 @@ from archipel.config import RunConfig
 from archipel.islands import keys
 from archipel.islands.network import wanted_config, wanted_facts, wanted_start, wanted_work
 from archipel.islands.strict import Refusal, shown
+from archipel.run import ROUTER, begins_with_base
 
 MODEL, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.jsonl", keys.CARD
 LISTED = frozenset({MODEL, CONFIG, METRICS})
@@ -96,6 +97,7 @@ class Card(_Part):
     bitwise: bool
     touched: Free
     warm_start: _Start | None = None
+    base: Hash | None = None
     island: Free | None = None
     files: dict[str, _File]
     check: Hash | None = None
@@ -132,9 +134,9 @@ def parse_commit(value: Any, where: str) -> Commit:
         raise Refusal("fence", _said(where, error)) from error
 
 
-def parse_card(value: Any, config: RunConfig, run_id: str, name: str) -> Card:
-    """A card held to its run. Raises Refusal: "path" for a file that it may not list, "checksum" for a broken seal,
-    else "config"."""
+def parse_card(value: Any, config: RunConfig, run_id: str, name: str, base: str | None = None) -> Card:
+    """A card held to its run, and to the sha256 of the weights that its jobs begin with, where they do. Raises Refusal: "path"
+    for a file that it may not list, "checksum" for a broken seal, else "config"."""
     where = CARD
     if not isinstance(value, dict):
         raise Refusal("config", f"{where} is no JSON object")
@@ -151,8 +153,11 @@ def parse_card(value: Any, config: RunConfig, run_id: str, name: str) -> Card:
     for key, want in wanted.items():
         if getattr(card, key) != want:
             raise Refusal("config", f"{where}: {key} is {shown(getattr(card, key))}, run.toml makes it {want!r}")
-    if not _same(card.network, wanted_facts(config, name)):
+    if not _same(card.network, wanted_facts(config, name, base)):
         raise Refusal("config", f"{where}: network is {shown(card.network)}, run.toml makes another")
+    began = base if begins_with_base(config) and not config.expert.warm_start and name != ROUTER else None
+    if card.base != began:
+        raise Refusal("config", f"{where}: base is {shown(card.base)}, the run's is {shown(began)}")
     started = None if card.warm_start is None else (card.warm_start.steps, card.warm_start.flops)
     if started != wanted_start(config, name):
         raise Refusal(

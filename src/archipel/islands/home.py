@@ -18,10 +18,11 @@ from archipel.islands.answers import say
 from archipel.islands.bucket import Bucket, File, checkpoints
 from archipel.islands.claims import Claim, State
 from archipel.islands.launch.local import steps_of
+from archipel.islands.remote import fetch_published
 from archipel.islands.strict import Refusal, check_finite, parse_json, read_header, shown
 from archipel.partition.shards import INIT
 from archipel.progress import Progress, StopFlag
-from archipel.run import Run
+from archipel.run import Run, starts_warm
 
 logger = logging.getLogger("archipel")
 _MARK = "attempt.json"  # in a job's local folder: which opening of the job it belongs to
@@ -95,7 +96,7 @@ def fetch_shard(bucket: Bucket, run: Run, name: str, stop: StopFlag) -> None:
     """Bring what is not here, or not as published; the card last, since a shard with a card is whole."""
     folder = run.shard(name)
     wanted = {key.rpartition("/")[2]: (key, file) for key, file in bucket.shard(name).items()}
-    files = _SHARD_FILES | ({INIT} if run.config.expert.warm_start else set())
+    files = _SHARD_FILES | ({INIT} if starts_warm(run.config) else set())
     if set(wanted) != files:
         raise DamagedError(f"{keys.PUBLISHED} in {bucket.url}: a shard of {', '.join(sorted(wanted))} is none")
     missing = [file for file in sorted(files) if not _is(folder / file, wanted[file][1])]
@@ -115,6 +116,15 @@ def fetch_shard(bucket: Bucket, run: Run, name: str, stop: StopFlag) -> None:
             if stop:
                 raise stop.error(f"fetching the shard of job {name}")
             bucket.fetch(wanted[file][0], folder / file, on_bytes)
+
+
+def fetch_base(bucket: Bucket, run: Run, stop: StopFlag) -> None:
+    """Bring the weights that experts begin with or are adapters of, once for all jobs of this folder."""
+    if bucket.base is None:
+        return
+    size = sum(file.size for key, file in bucket.files.items() if key.startswith(f"{keys.BASE}/"))
+    with Progress("fetch base (kB)", max(1, size // 1000)) as bar:
+        fetch_published(bucket, keys.BASE, run.base, lambda count: bar.advance(count // 1000))
 
 
 def _is(path: Path, file: File) -> bool:
@@ -181,7 +191,7 @@ def _printable(value: Any) -> bool:
 
 def _check_state(bucket: Bucket, name: str, path: Path, size: int) -> None:
     """Only what a checkpoint of this job holds, and finite: with a NaN the job would fail on every island."""
-    wanted = network.wanted_tensors(bucket.config, name)
+    wanted = network.wanted_state(bucket.config, name)
     try:
         header = read_header(path, tensors=len(_GROUPS) * len(wanted), limit=size)
         for tensor, (shape, _, _) in header.tensors.items():
@@ -195,7 +205,7 @@ def _check_state(bucket: Bucket, name: str, path: Path, size: int) -> None:
 
 def _most(bucket: Bucket, name: str) -> int:
     """Bytes that a checkpoint of a job can have."""
-    wanted = network.wanted_tensors(bucket.config, name)
+    wanted = network.wanted_state(bucket.config, name)
     return len(_GROUPS) * (4 * sum(math.prod(shape) for shape in wanted.values()) + 512 * len(wanted)) + 8192
 
 

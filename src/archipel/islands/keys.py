@@ -1,6 +1,6 @@
 """The keys of a run in a bucket: made of job names, fences, steps and hashes only, never of a user's file names.
 
-run.toml  published.json  codec/*  shards/<job's shard>/*
+run.toml  published.json  codec/*  text/*  base/*  shards/<job's shard>/*
 jobs/<name>/claims/<fence>.json              who holds the job: created once each, counting up without a gap
 jobs/<name>/<fence>/heartbeat.json           moves while the holder lives
 jobs/<name>/<fence>/checkpoints/<step>/*     manifest.json last
@@ -20,6 +20,8 @@ from archipel.errors import ArchipelError
 RUN = "run.toml"
 PUBLISHED = "published.json"
 ADMITTED = "admitted"
+BASE = "base"
+TEXT = "text"
 CARD = "card.json"
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _CLAIM = re.compile(r"jobs/[a-z0-9]+/claims/(\d{8})\.json")

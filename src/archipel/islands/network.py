@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from archipel.backbones import flops, networks
+from archipel.backbones import adapters, flops, networks, spending
 from archipel.config import Backbone, RunConfig
 from archipel.run import MONOLITH, ROUTER, TRUNK
 
@@ -24,11 +24,15 @@ def wanted_config(config: RunConfig, name: str) -> dict[str, Any]:
     return networks.monolith_network(config) if name == MONOLITH else networks.expert_network(config)
 
 
-def wanted_facts(config: RunConfig, name: str) -> dict[str, Any]:
-    """``network`` of a job's card."""
+def wanted_facts(config: RunConfig, name: str, base: str | None = None) -> dict[str, Any]:
+    """``network`` of a job's card; ``base``: sha256 of the weights that experts are adapters of, where they are."""
     if name == ROUTER:
         return networks.router_facts(config)
-    return networks.expert_facts(config, flops.cluster_width(config) if name == MONOLITH else 0)
+    facts, adapter = (
+        networks.expert_facts(config, flops.cluster_width(config) if name == MONOLITH else 0),
+        spending.adapter_of(config, name),
+    )
+    return facts if adapter is None else facts | {"lora": adapter.facts(base or "")}
 
 
 def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
@@ -37,15 +41,13 @@ def wanted_work(config: RunConfig, name: str) -> dict[str, int | None]:
     steps, batch = part.steps, part.batch
     if name == MONOLITH:
         steps, batch = config.monolith.steps, config.monolith.batch
-    kinds = {ROUTER: flops.router_forward_flops, MONOLITH: flops.monolith_forward_flops}
-    forward = kinds.get(name, flops.expert_forward_flops)(config)
     return {
         "cluster": int(name) if name.isdigit() else None,
         "steps": steps,
         "batch": batch,
         "samples": steps * batch,
-        "forward_flops": forward,
-        "flops": flops.training_flops(forward, steps, batch),
+        "forward_flops": spending.forward_flops(config, name),
+        "flops": spending.training_flops(config, name, steps, batch),
         "parameters": sum(math.prod(shape) for shape in wanted_tensors(config, name).values()),
     }
 
@@ -55,12 +57,23 @@ def wanted_start(config: RunConfig, name: str) -> tuple[int, int] | None:
     if config.expert.warm_start != TRUNK or name == ROUTER:
         return None
     steps = config.expert.trunk_steps
-    return steps, flops.training_flops(flops.expert_forward_flops(config), steps, config.monolith.batch)
+    return steps, spending.training_flops(config, TRUNK, steps, config.monolith.batch)
+
+
+def wanted_state(config: RunConfig, name: str) -> Shapes:
+    """Name and shape of what a job trains, as its network and so its checkpoints name it."""
+    found = wanted_tensors(config, name)
+    if spending.adapter_of(config, name) is None:
+        return found
+    return {adapters.inside(tensor): shape for tensor, shape in found.items()}
 
 
 def wanted_tensors(config: RunConfig, name: str) -> Shapes:
-    """Name and shape of every tensor of a job's ``model.safetensors``, as diffusers names them."""
-    about = wanted_config(config, name)
+    """Name and shape of every tensor of a job's ``model.safetensors``, as diffusers names them: an adapter's only, where
+    experts are adapters."""
+    about, adapter = wanted_config(config, name), spending.adapter_of(config, name)
+    if adapter is not None:
+        return adapters.shapes(about, adapter)
     if about["_class_name"] != "FluxTransformer2DModel":
         from archipel.backbones import registry  # diffusers itself, without memory
 

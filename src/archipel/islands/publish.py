@@ -14,7 +14,7 @@ from archipel.islands.objects import Objects, encode
 from archipel.islands.urls import check_url, local_root
 from archipel.partition.shards import carries_start
 from archipel.progress import Progress, StopFlag
-from archipel.run import MONOLITH, Run
+from archipel.run import MONOLITH, Run, begins_with_base
 
 _RECORDS = ".published"  # in the run's folder: what was sent where, so that a broken publish goes on
 
@@ -39,11 +39,15 @@ def to_send(run: Run) -> tuple[dict[str, Path], dict[str, Any]]:
             f"the shards of {run.root} do not carry the shared start yet: run `archipel train {run.root} trunk` first"
         )
     folders = {"codec": run.codec}
+    if run.config.text.path:
+        folders[keys.TEXT] = run.text
+    if begins_with_base(run.config):
+        folders[keys.BASE] = run.base
     folders |= {keys.shard(name): run.shard(name) for name in run.expert_names}
     folders[keys.shard("all")] = run.shard(MONOLITH)
     files, listing = {keys.RUN: run.root / "run.toml"}, {}
     for prefix, folder in folders.items():
-        run.need(folder, "prepare" if prefix == "codec" else "partition")
+        run.need(folder, "partition" if prefix.startswith("shards/") else "prepare")
         problems = store.check_card(folder)
         if problems:
             raise DamagedError(f"{problems[0].path} {problems[0].reason}: make it anew with `archipel run {run.root}`")
@@ -96,7 +100,7 @@ def _send(objects: Objects, run: Run, files: dict[str, Path], listing: dict[str,
     with contextlib.suppress(ArchipelError):
         known = store.read_json(record) if record.exists() else {}
         sent = known if isinstance(known, dict) else {}
-    there = {e.key: e.size for prefix in ("codec", "shards") for e in objects.list(prefix)}
+    there = {e.key: e.size for prefix in ("codec", keys.TEXT, keys.BASE, "shards") for e in objects.list(prefix)}
     todo = [
         key
         for key in files

@@ -28,7 +28,7 @@ from archipel.islands.remote import (
 )
 from archipel.islands.trust import Bounds
 from archipel.progress import StopFlag
-from archipel.run import MONOLITH, Run
+from archipel.run import MONOLITH, Run, begins_with_base
 
 METRICS = "metrics.jsonl"
 Admit = Callable[[str], Mapping[str, Any]]
@@ -93,6 +93,10 @@ def _published(bucket: Bucket, run: Run, stop: StopFlag) -> None:
     """Codec and shards where they are missing; where they are there they must be the ones that were published, since
     experts that learned on others do not fit."""
     folders = {"codec": run.codec, keys.shard("all"): run.shard(MONOLITH)}
+    if run.config.text.path:
+        folders[keys.TEXT] = run.text
+    if begins_with_base(run.config):
+        folders[keys.BASE] = run.base
     folders |= {keys.shard(name): run.shard(name) for name in run.expert_names}
     for prefix, folder in folders.items():
         if stop:

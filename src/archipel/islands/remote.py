@@ -15,7 +15,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,28 +268,50 @@ class BucketRun:
         return False
 
     def codec(self) -> Path:
-        with _alone(self.run.root / ".locks" / "codec.lock"):
-            if not self.run.done(self.run.codec) or store.check_card(self.run.codec):
-                (self.run.codec / keys.CARD).unlink(missing_ok=True)
-                fetch_published(self._bucket, "codec", self.run.codec)
-        return self.run.codec
+        return _fetch_part(self._bucket, self.run, "codec", self.run.codec)
+
+    def base(self) -> Path:
+        return fetch_base(self._bucket, self.run)
+
+    def text(self) -> Path:
+        return _fetch_part(self._bucket, self.run, keys.TEXT, self.run.text)
 
 
-def fetch_published(bucket: Bucket, prefix: str, folder: Path) -> int:
+def cached_run(bucket: Bucket) -> Run:
+    """The user's own copy of what was published of a run, in the cache folder."""
+    return Run(cache_folder() / "runs" / bucket.id, bucket.config, bucket.id)
+
+
+def fetch_base(bucket: Bucket, run: Run) -> Path:
+    """The weights that experts are adapters of, in ``run.base``: fetched where they are missing or damaged there."""
+    return _fetch_part(bucket, run, keys.BASE, run.base)
+
+
+def _fetch_part(bucket: Bucket, run: Run, prefix: str, folder: Path) -> Path:
+    with _alone(run.root / ".locks" / f"{prefix}.lock"):
+        if not run.done(folder) or store.check_card(folder):
+            (folder / keys.CARD).unlink(missing_ok=True)
+            fetch_published(bucket, prefix, folder)
+    return folder
+
+
+def fetch_published(
+    bucket: Bucket, prefix: str, folder: Path, on_bytes: Callable[[int], None] = lambda _: None
+) -> int:
     """Bring the published files below ``prefix`` (codec, shards/2) into ``folder``, the card last; files that are there
     and right are kept. Returns how many were fetched. Raises DamagedError, StoreError, ArchipelError."""
-    files = {key: file for key, file in bucket.files.items() if key.rpartition("/")[0] == prefix}
+    files = {key: file for key, file in bucket.files.items() if key.startswith(f"{prefix}/")}
     if f"{prefix}/{keys.CARD}" not in files:
         raise DamagedError(f"{keys.PUBLISHED} in {bucket.url} lists no {prefix}: publish the run again")
     if prefix == "codec" and any(file.size > _CODEC for file in files.values()):
         raise ArchipelError(f"the codec in {bucket.url} has a file of more than {_CODEC >> 30} GB: it is not fetched")
     check_space(folder, sum(file.size for file in files.values()))
     fetched = 0
-    for key in sorted(files, key=lambda key: key.endswith(keys.CARD)):
-        path, file = folder / key.rpartition("/")[2], files[key]
+    for key in sorted(files, key=lambda key: key == f"{prefix}/{keys.CARD}"):
+        path, file = folder / key.removeprefix(f"{prefix}/"), files[key]
         if path.is_file() and path.stat().st_size == file.size and store.sha256_file(path) == file.sha256:
             continue
-        bucket.fetch(key, path)
+        bucket.fetch(key, path, on_bytes)
         fetched += 1
     return fetched
 
@@ -297,7 +319,7 @@ def fetch_published(bucket: Bucket, prefix: str, folder: Path) -> int:
 def open_source(url: str, run_id: str | None = None) -> BucketRun:
     """The run in a bucket, for generating: reads ``run.toml`` and ``published.json``. Raises ArchipelError, StoreError."""
     bucket = Bucket.read(Objects.open(url, patience=PATIENCE), run_id)
-    folder = cache_folder() / "runs" / bucket.id
+    folder = cached_run(bucket).root
     if not (folder / keys.RUN).is_file():
         store.write_bytes(folder / keys.RUN, bucket.run_toml)
     return BucketRun(bucket, folder)

@@ -250,6 +250,8 @@ def _carry_out(
     bucket, run, name = Bucket.read(objects, island.bucket.id), island.run, held.name
     home.own_folder(run, held)
     home.fetch_shard(bucket, run, name, flag)
+    if name != ROUTER:
+        home.fetch_base(bucket, run, flag)
     facts = functools.partial(_facts, island, held, objects, beats)
     with Outbox(objects, run.root / "outbox", lambda step: keys.checkpoint(name, held.fence, step)) as outbox:
         try:

@@ -142,15 +142,15 @@ def _steps_done(run: Run, name: str) -> int:
 
 def _unit(run: Run, name: str) -> float:
     """Planned FLOPs of one step: what the bar counts in, so that it moves evenly over unlike jobs."""
-    from archipel.backbones import flops
+    from archipel.backbones import spending
 
     config = run.config
     if name == MONOLITH:
-        return float(flops.monolith_forward_flops(config) * config.monolith.batch)
+        return float(spending.training_flops(config, name, 1, config.monolith.batch))
     if name == ROUTER:
-        return float(flops.router_forward_flops(config) * config.router.batch)
+        return float(spending.training_flops(config, name, 1, config.router.batch))
     batch = config.monolith.batch if name == TRUNK else config.expert.batch
-    return float(flops.expert_forward_flops(config) * batch)
+    return float(spending.training_flops(config, name, 1, batch))
 
 
 def _note(running: list[_Child]) -> str:
