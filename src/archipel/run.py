@@ -129,6 +129,10 @@ class Run:
     def samples(self, protocol: str) -> Path:
         return self.root / "samples" / protocol
 
+    def begun(self, protocol: str) -> Path:
+        """Samples of clips that were given their first frame."""
+        return self.samples(f"{protocol}-first-frame")
+
     def scores(self, protocol: str) -> Path:
         return self.root / "scores" / f"{protocol}.json"
 

@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        return self.run.samples(begun_name(self.split) if self.begun else self.split)
+        return self.run.begun(self.split) if self.begun else self.run.samples(self.split)
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -122,11 +122,6 @@ class Plan:
 
     def pixels(self) -> np.ndarray:
         return np.asarray(cache.open_kind(self.run.cache, "pixels")["clips"][self.rows])
-
-
-def begun_name(split: str) -> str:
-    """The folder in ``samples/`` of the clips that were given their first frame."""
-    return f"{split}-first-frame"
 
 
 def needed_parts(run: Run, arm: str) -> list[str]:

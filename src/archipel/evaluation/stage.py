@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from archipel import store
 from archipel.errors import ConfigError, MissingStageError
-from archipel.evaluation import measure, verdicts
+from archipel.evaluation import first_frame, measure, verdicts
 from archipel.evaluation.inputs import (
     CODEC,
     EXTRACTORS,
@@ -58,6 +58,8 @@ def evaluate(run: Run, stop: StopFlag | None = None, *, extract: Extract = defau
     with log_to(run.log("evaluate")):
         run.need(run.samples(run.config.evaluate.split), "generate")
         run.need(run.partition, "partition")
+        if first_frame.gives_first_frames(run):
+            run.need(first_frame.folder(run), "generate")
         key = _key(run)
         if _finished(run, key):
             return
@@ -87,9 +89,10 @@ def extra_path(run: Run) -> Path:
 
 def _key(run: Run) -> str:
     card = store.read_card(run.samples(run.config.evaluate.split)) or {}
-    return store.sha256_json(
-        {"run": run.id, "samples": card.get("files", {}), "code": CODE, **features_identity(run.config.evaluate)}
-    )
+    decides = {"run": run.id, "samples": card.get("files", {}), "code": CODE}
+    if first_frame.gives_first_frames(run):
+        decides["begun"] = (store.read_card(first_frame.folder(run)) or {}).get("files", {})
+    return store.sha256_json({**decides, **features_identity(run.config.evaluate)})
 
 
 def _finished(run: Run, key: str) -> bool:
@@ -108,6 +111,7 @@ def score(inputs: Inputs, stop: StopFlag | None = None) -> tuple[list[dict[str, 
         *(lambda name=name: measure.frechet_scores(frame, name, facts) for name in EXTRACTORS),
         lambda: measure.probe_scores(frame, probe_extractors(inputs.run), facts),
         lambda: measure.motion_scores(frame),
+        lambda: first_frame.first_frame_scores(frame),
         lambda: measure.copying_scores(frame, crossed["primary_extractor"]),
         lambda: measure.cluster_scores(frame, facts),
     ]
@@ -120,7 +124,7 @@ def score(inputs: Inputs, stop: StopFlag | None = None) -> tuple[list[dict[str, 
             found += part()
             bar.advance()
     order = {name: place for place, name in enumerate(inputs.arms)}  # the codec first
-    found.sort(key=lambda one: order[one.arm])
+    found.sort(key=lambda one: order.get(one.arm, len(order)))
     scores = {(one.arm, one.metric): one for one in found}
     return [one.row() for one in found], _extra(inputs, frame, scores, facts, crossed)
 
@@ -173,6 +177,7 @@ def notes(
         said.append(f"text-video probe withheld: {table['reason']}")
     said += [one["sentence"] for one in table.get("controls", {}).values()]
     said += [f"left out: {one}" for one in facts["left_out"]]
+    said += [first_frame.NOTE] if first_frame.gives_first_frames(inputs.run) else []
     said += [f"arm {name} has no samples" for name in inputs.missing]
     if not compared:
         arm = inputs.run.config.sample.strategy
@@ -195,7 +200,7 @@ def table(run: Run) -> list[dict[str, str]]:
     rows = store.read_json(path)
     cells = {(row["arm"], row["metric"]): cell(row) for row in rows}
     excess = "excess-FD-" + verdicts.crossing(config)["primary_extractor"]
-    wanted = [config.evaluate.primary, excess, "text-video-probe", "motion", verdicts.JUDGE]
+    wanted = [config.evaluate.primary, excess, first_frame.METRIC, "text-video-probe", "motion", verdicts.JUDGE]
     metrics = [name for name in dict.fromkeys(wanted) if any(metric == name for _, metric in cells)]
     arms = dict.fromkeys([CODEC, REAL, config.sample.strategy, MONOLITH, *(row["arm"] for row in rows)])
     return [

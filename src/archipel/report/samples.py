@@ -97,6 +97,20 @@ def seen(reader: Reader) -> dict[str, Any]:
     return {"main": main, "columns": _columns(list(clips), names, primary)}
 
 
+def begun(reader: Reader) -> dict[str, Any]:
+    """Context: the real clips of the split, and what was made of their first frames and captions."""
+    primary = reader.run.config.sample.strategy
+    folder, arms = reader.run.begun(reader.protocol).name, list(dict.fromkeys([primary, MONOLITH]))
+    present = [arm for arm in arms if _has(reader, folder, arm)]
+    prompts, clips = _read(reader, folder, present) if present else ([], {})
+    if not clips or not prompts:
+        return {"main": []}
+    shown = _read(reader, reader.protocol, ["real"])[1] | clips
+    names = {arm: arm_label(arm, primary) for arm in shown}
+    main = grid(shown, list(shown), prompts, names, reader.run.config.clips.fps, ROWS, BUDGET // 2)
+    return {"main": main, "columns": _columns(list(shown), names, primary)}
+
+
 def samples(reader: Reader) -> dict[str, Any]:
     """Context of the section: hero strip, main comparison, other arms; every picture a data URI."""
     run = reader.run
@@ -134,6 +148,7 @@ def samples(reader: Reader) -> dict[str, Any]:
         "other_columns": _columns(rest, names, primary),
         "other": other,
         "seen": seen(reader),
+        "begun": begun(reader),
         "settings": run.config.sample,
     }
 

@@ -59,6 +59,8 @@ def family(metric: str) -> str:
         return "Excess Fréchet distances (over real clips at the same N)"
     if name.startswith(("fd-", "fvd")):
         return RAW
+    if name.startswith("psnr-first-frame"):
+        return "Given first frames (dB)"
     return "Captions and motion"
 
 
@@ -69,7 +71,7 @@ def direction(metric: str) -> str:
         return "lower"
     if metric.startswith("retrieval@") or metric in ("text-video-probe", "precision", "recall", "density", "coverage"):
         return "higher"
-    if metric.lower().startswith(("clip", "aesthetic")):
+    if metric.lower().startswith(("clip", "aesthetic", "psnr")):
         return "higher"
     return ""
 
