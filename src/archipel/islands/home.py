@@ -122,7 +122,10 @@ def fetch_base(bucket: Bucket, run: Run, stop: StopFlag) -> None:
     """Bring the weights that experts begin with or are adapters of, once for all jobs of this folder."""
     if bucket.base is None:
         return
-    size = sum(file.size for key, file in bucket.files.items() if key.startswith(f"{keys.BASE}/"))
+    there = [(run.base / key.rpartition("/")[2], key) for key in bucket.files if key.startswith(f"{keys.BASE}/")]
+    if all(_is(path, bucket.files[key]) for path, key in there):
+        return
+    size = sum(bucket.files[key].size for _, key in there)
     with Progress("fetch base (kB)", max(1, size // 1000)) as bar:
         fetch_published(bucket, keys.BASE, run.base, lambda count: bar.advance(count // 1000))
 
