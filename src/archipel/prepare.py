@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from archipel import cache, store
+from archipel.config import Text, written
 from archipel.encoders.weights import CODEC_CODE, FEATURES_CODE, TEXT_CODE, weights_hash
 from archipel.errors import ArchipelError, DamagedError
 from archipel.manifest import Clip, read_manifest, rows_of
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from archipel.encoders.autoencoders import Autoencoder
     from archipel.encoders.codecs import PatchPCA, Pixels
     from archipel.encoders.text import MiniLM
+    from archipel.encoders.transformers_text import TransformersText
 
 logger = logging.getLogger("archipel")
 _CLIPS_AT_ONCE = 32
@@ -58,6 +61,10 @@ def prepare(run: Run, stop: StopFlag | None = None, spread: Spread | None = None
             )
         source = _source(run, clips, pixels)
         fit_codec(run, clips, pixels, source, stop)
+        if run.config.text.path:
+            from archipel.encoders.taking import take_text
+
+            take_text(run)
         entries = {
             "latents": _latents(run, pixels, source, stop, spread),
             "text": _text(run, clips, source, stop, spread),
@@ -94,9 +101,12 @@ def _source(run: Run, clips: list[Clip], pixels: cache.Entry) -> dict[str, Any]:
 def fit_codec(
     run: Run, clips: list[Clip], pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag | None
 ) -> None:
-    """Fit the codec on the training rows into ``run.codec``, with what it costs on train and validation in the card."""
+    """Fit the codec on the training rows into ``run.codec``, with what it costs on train and validation in the card; a trained
+    autoencoder is taken there instead."""
     train, validation = (np.array(rows_of(clips, split), np.int64) for split in ("train", "validation"))
-    settings = run.config.codec.model_dump(mode="json")
+    settings = {
+        key: one for key, one in written(run.config.codec).items() if key != "path"
+    }  # it may move: sha256 is in it
     spec = {"source": dict(source), "codec": settings, "train": store.sha256_json(train.tolist()), "code": CODEC_CODE}
     spec["seed"] = run.config.clips_seed
     if _codec_is(run, spec):
@@ -107,6 +117,12 @@ def fit_codec(
         from archipel.encoders import codecs
 
         rows = pixels["clips"]
+        if run.config.codec.kind == codecs.AUTOENCODER:
+            from archipel.encoders.taking import take_codec
+
+            card = take_codec(run, rows, {"train": train, "validation": validation}, spec, stop)
+            _say_round_trip(card["codec"]["model"], card["round_trip"])
+            return
         codec = codecs.fit_codec(run.config.codec, rows, train, seed=run.config.clips_seed, stop=stop)
 
         def batches(chosen: np.ndarray) -> Iterator[Tensor]:
@@ -121,8 +137,12 @@ def fit_codec(
             if len(chosen)
         }
         codec.save(run.codec, run.id, spec=spec, round_trip=report)
-        for name, numbers in report.items():
-            logger.info("prepare: codec %s on %s clips: %s", codec.name, name, numbers)
+        _say_round_trip(codec.name, report)
+
+
+def _say_round_trip(codec: str, report: Mapping[str, Any]) -> None:
+    for name, numbers in report.items():
+        logger.info("prepare: codec %s on %s clips: %s", codec, name, numbers)
 
 
 def _codec_is(run: Run, spec: Mapping[str, Any]) -> bool:
@@ -167,7 +187,7 @@ def _rows_of(entry: cache.Entry, names: Sequence[str]) -> Callable[[int, int], A
 
 
 @functools.lru_cache(maxsize=1)
-def _codec(folder: Path, card: str) -> PatchPCA | Pixels:
+def _codec(folder: Path, card: str) -> PatchPCA | Pixels | Autoencoder:
     """The codec, once per process and card (its sha256)."""
     from archipel.encoders.codecs import load_codec
 
@@ -175,48 +195,76 @@ def _codec(folder: Path, card: str) -> PatchPCA | Pixels:
 
 
 @functools.lru_cache(maxsize=1)
-def _text_encoder(tokens: int) -> MiniLM:
-    from archipel.config import Text
-    from archipel.encoders.text import open_text
+def _text_encoder(folder: Path, card: str, settings: str) -> MiniLM | TransformersText:
+    """The text encoder of some settings (JSON), once per process and card of ``folder`` ("": the packaged one needs none)."""
+    import torch
 
-    return open_text(Text(tokens=tokens))
+    from archipel.encoders.text import MiniLM, open_text
+
+    encoder = open_text(Text.model_validate_json(settings), folder)
+    return encoder.to("cuda") if torch.cuda.is_available() and not isinstance(encoder, MiniLM) else encoder
+
+
+def _open_text(root: Path, config: Text) -> MiniLM | TransformersText:
+    card = store.sha256_file(root / "text" / "card.json") if config.path else ""
+    return _text_encoder(root / "text", card, config.model_dump_json())
 
 
 def _latents(
     run: Run, pixels: cache.Entry, source: Mapping[str, Any], stop: StopFlag, spread: Spread | None
 ) -> cache.Entry:
-    """latents float32 (N, C, T, H, W), and phases (N, P - 1, C, T, H, W) where clips have further windows."""
+    """latents float32 (N, C, T, H, W), and phases (N, P - 1, C, T, H, W) where clips have further windows; where the experts
+    are given frames, first and last (N, C, H, W), and phases_first and phases_last (N, P - 1, C, H, W): stills of them."""
     card = store.read_card(run.codec, "codec")
     assert card is not None  # fit_codec has just seen to it
     encoder = {"name": card["codec"]["name"], "weights": card["files"]["model.safetensors"]["sha256"]}
     # Patch and gamma are in the card, not in the tensors.
     spec = {**source, "encoder": {**encoder, "settings": card["spec"]["codec"]}, "dtype": "float32", "code": CODEC_CODE}
-    give = _rows_of(pixels, ("clips", "phases"))
+    rows = _rows_of(pixels, ("clips", "phases"))
+    if not run.config.expert.given_frames:
+        return _build(run, "latents", spec, pixels.rows, make_latents, rows, ["codec"], stop, spread)
+    spec["stills"] = ["first", "last"]
+
+    def give(begin: int, end: int) -> Arrays:
+        return {**rows(begin, end), "stills": np.ones(1, np.bool_)}
+
     return _build(run, "latents", spec, pixels.rows, make_latents, give, ["codec"], stop, spread)
 
 
 def make_latents(root: Path, given: Arrays) -> Arrays:
-    """Clips uint8 (B, F, H, W, 3), phases (B, P - 1, F, H, W, 3) -> latents (B, C, T, H, W) float32, and theirs."""
+    """Clips uint8 (B, F, H, W, 3), phases (B, P - 1, F, H, W, 3) -> latents (B, C, T, H, W) float32, and theirs; with
+    ``stills`` latents (B, C, H, W) of their first and last frames as well (see ``codecs.still_latents``)."""
+    import torch
+
     from archipel.encoders import codecs
 
     codec = _codec(root / "codec", store.sha256_file(root / "codec" / "card.json"))
-    made = {"latents": codec.encode(codecs.from_uint8(given["clips"])).numpy()}
+    device = codecs.device_of(codec)
+
+    def make(clips: np.ndarray, prefix: str, name: str) -> Arrays:
+        made = {name: codec.encode(codecs.from_uint8(clips).to(device)).cpu().numpy()}
+        for still, frame in (("first", 0), ("last", -1)) if "stills" in given else ():
+            frames = torch.from_numpy(np.ascontiguousarray(clips[:, frame])).to(device)
+            made[prefix + still] = codecs.still_latents(codec, frames, clips.shape[1]).cpu().numpy()
+        return made
+
+    made = dict(make(given["clips"], "", "latents"))
     if "phases" in given:
         more = given["phases"]
-        encoded = codec.encode(codecs.from_uint8(more.reshape(-1, *more.shape[2:]))).numpy()
-        made["phases"] = encoded.reshape(*more.shape[:2], *encoded.shape[1:])
+        for name, values in make(more.reshape(-1, *more.shape[2:]), "phases_", "phases").items():
+            made[name] = values.reshape(*more.shape[:2], *values.shape[1:])
     return made
 
 
 def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag, spread: Spread | None) -> cache.Entry:
     """tokens float32 (N, L, D), mask bool (N, L), pooled float32 (N, P)."""
     captions = [clip.caption for clip in clips]
-    tokens = run.config.text.tokens
+    config = run.config.text
     spec = {
         "clips": source["clips"],
         "captions": store.sha256_json(captions),
-        "encoder": {"name": run.config.text.encoder, "weights": weights_hash(run.config.text.encoder)},
-        "tokens": tokens,
+        "encoder": _text_identity(run),
+        "tokens": config.tokens,
         "dtype": "float32",
         "code": TEXT_CODE,
     }
@@ -225,15 +273,29 @@ def _text(run: Run, clips: list[Clip], source: Mapping[str, Any], stop: StopFlag
     def give(begin: int, end: int) -> Arrays:
         if not said:
             said.append(True)
-            _say_truncated(len(_text_encoder(tokens).truncated(captions)), len(captions), tokens)
-        return {"captions": pack_json(captions[begin:end]), "length": np.array([tokens])}
+            _say_truncated(len(_open_text(run.root, config).truncated(captions)), len(captions), config.tokens)
+        settings = {"text": pack_json(config.model_dump(mode="json"))} if config.path else {}
+        return {"captions": pack_json(captions[begin:end]), "length": np.array([config.tokens]), **settings}
 
-    return _build(run, "text", spec, len(clips), make_text, give, [], stop, spread)
+    needs = ["text"] if config.path else []
+    return _build(run, "text", spec, len(clips), make_text, give, needs, stop, spread)
+
+
+def _text_identity(run: Run) -> dict[str, Any]:
+    """What decides an encoder's numbers: its name and weights; from outside, everything that was taken into ``run.text``."""
+    config = run.config.text
+    if not config.path:
+        return {"name": config.encoder, "weights": weights_hash(config.encoder)}
+    card = store.read_card(run.text, "text")
+    assert card is not None  # take_text has just seen to it
+    files = {name: entry["sha256"] for name, entry in card["files"].items()}
+    return {"name": config.encoder, "weights": store.sha256_json(files), "padding": config.padding}
 
 
 def make_text(root: Path, given: Arrays) -> Arrays:
     """Captions and their length in tokens -> tokens (B, L, D) float32, mask (B, L) bool, pooled (B, P) float32."""
-    condition = _text_encoder(int(given["length"][0])).encode(unpack_json(given["captions"]))
+    settings = unpack_json(given["text"]) if "text" in given else {"tokens": int(given["length"][0])}
+    condition = _open_text(root, Text.model_validate(settings)).encode(unpack_json(given["captions"]))
     return {"tokens": condition.tokens.numpy(), "mask": condition.mask.numpy(), "pooled": condition.pooled.numpy()}
 
 

@@ -1,4 +1,5 @@
-"""Clips <-> latents without a trained autoencoder: PCA of space-time blocks, fitted in closed form, or plain pixels.
+"""Clips <-> latents without a trained autoencoder: PCA of space-time blocks, fitted in closed form, or plain pixels; and
+``load_codec``, which opens those and the trained ones (``autoencoders``) alike.
 
 A clip (3, F, H, W) is cut into blocks of (pt, ph, pw); each block of D = 3 pt ph pw numbers becomes one latent
 position. Latents are (B, C, T, H, W) with T = F / pt, H = height / ph, W = width / pw and about unit variance.
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from archipel.contracts import Codec
 from archipel.errors import ArchipelError, DamagedError, MissingStageError
 from archipel.progress import Progress, StopFlag
 
+if TYPE_CHECKING:
+    from archipel.encoders.autoencoders import Autoencoder
+
+AUTOENCODER = "autoencoder"  # config.codec.kind, and the name in the card, of a trained one
 Patch = tuple[int, int, int]
 SAMPLED_BLOCKS = 40_000  # moments of 768 numbers from so many blocks take some seconds on one core
 _CLIPS_AT_ONCE = 32
@@ -275,20 +280,25 @@ def fit_codec(
     return PatchPCA.fit(clips, rows, config.patch, config.channels, config.gamma, seed=seed, stop=stop)
 
 
+def device_of(codec: object) -> str:
+    """Where *prepare* computes: a trained autoencoder on a GPU where there is one, what is fitted here always on the CPU."""
+    return "cuda" if getattr(codec, "name", "") == AUTOENCODER and torch.cuda.is_available() else "cpu"
+
+
 def still_latents(codec: Codec, frames: NDArray[np.uint8] | Tensor, clip_frames: int) -> Tensor:
     """Latents (B, C, H, W) float32 of frames uint8 (B, height, width, 3), each as a clip that does not move.
 
-    A causal codec has a latent frame for the first frame alone: it is given that one frame. Any other gets the frame
-    ``clip_frames`` times, and the first latent frame is taken. So an image given at sampling becomes what a clip's own
-    first frame becomes in training, whatever comes after it.
+    A causal codec has a latent frame for the first frame alone: it is given that one frame. Any other gets the frame again
+    and again, and the first latent frame is taken: as often as there are frames in its first block, since blocks do not
+    see each other, or ``clip_frames`` times where it has no blocks.
     """
     still = from_uint8(frames[:, None])  # (B, 3, 1, height, width)
     if not getattr(codec, "causal", False):
-        still = still.expand(-1, -1, clip_frames, -1, -1)
+        still = still.expand(-1, -1, getattr(codec, "patch", (clip_frames,))[0], -1, -1)
     return codec.encode(still)[:, :, 0].contiguous()
 
 
-def load_codec(folder: Path) -> PatchPCA | Pixels:
+def load_codec(folder: Path) -> PatchPCA | Pixels | Autoencoder:
     """Read a saved codec, holding it to its checksum. Raises MissingStageError or DamagedError."""
     card = store.read_card(folder, "codec")
     if card is None:
@@ -300,6 +310,10 @@ def load_codec(folder: Path) -> PatchPCA | Pixels:
         )
     try:
         facts = card["codec"]
+        if facts["name"] == AUTOENCODER:
+            from archipel.encoders import autoencoders
+
+            return autoencoders.load(folder, tiling=bool(facts.get("tiling")))
         tensors = {name: torch.tensor(value) for name, value in store.map_tensors(folder / "model.safetensors").items()}
         pt, ph, pw = (int(part) for part in facts["patch"])
         if facts["name"] == Pixels.name:
@@ -335,15 +349,15 @@ def load_codec(folder: Path) -> PatchPCA | Pixels:
 class _Jumps:
     """Sums of |difference of neighbours| along one axis, at block borders and elsewhere."""
 
-    def __init__(self, axis: int, period: int) -> None:
-        self.axis, self.period = axis, period
+    def __init__(self, axis: int, period: int, first: int = 0) -> None:
+        self.axis, self.period, self.first = axis, period, first  # borders lie before first, first + period, ...
         self.sums, self.counts = [0.0, 0.0], [0, 0]  # elsewhere, border
 
     def add(self, clips: Tensor) -> None:
         jumps = clips.diff(dim=self.axis).abs()
-        at_border = (torch.arange(1, clips.shape[self.axis]) % self.period) == 0
+        at_border = ((torch.arange(1, clips.shape[self.axis]) - self.first) % self.period) == 0
         for border in (False, True):
-            part = jumps.index_select(self.axis, torch.nonzero(at_border == border).flatten())
+            part = jumps.index_select(self.axis, torch.nonzero(at_border == border).flatten().to(jumps.device))
             self.sums[border] += float(part.sum(dtype=torch.float64))
             self.counts[border] += part.numel()
 
@@ -366,7 +380,8 @@ def round_trip(codec: Codec, clips: Tensor | Iterable[Tensor]) -> dict[str, floa
     (``*_original``): a codec without seams keeps it. None where it is not defined (one block, or nothing moves).
     """
     patch: Patch = codec.patch  # type: ignore[attr-defined]
-    axes = {"space": ((3, patch[1]), (4, patch[2])), "time": ((2, patch[0]),)}
+    first = 1 if getattr(codec, "causal", False) else 0  # of a causal codec the first frame is a block of its own
+    axes = {"space": ((3, patch[1]), (4, patch[2])), "time": ((2, patch[0], first),)}
     jumps = {(kind, which): [_Jumps(*axis) for axis in axes[kind]] for kind in axes for which in ("", "_original")}
     error, count = 0.0, 0
     for batch in [clips] if isinstance(clips, Tensor) else clips:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from torch import Tensor
 from archipel.config import Text as TextConfig
 from archipel.contracts import Conditioning
 from archipel.encoders.weights import weights_file
-from archipel.errors import ArchipelError
+from archipel.errors import ArchipelError, MissingStageError
+
+if TYPE_CHECKING:
+    from archipel.encoders.transformers_text import TransformersText
 
 _AT_ONCE = 64
 TOKEN_SCALE = 2.5  # one over the standard deviation of MiniLM's last hidden states, measured on emoji names
@@ -46,7 +50,7 @@ class MiniLM:
         if model is None:
             folder = weights_file("minilm").parent
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            with _without_loading_bar():
+            with without_loading_bar():
                 model = AutoModel.from_pretrained(
                     str(folder),
                     use_safetensors=True,
@@ -66,12 +70,12 @@ class MiniLM:
 
     def truncated(self, captions: Sequence[str]) -> list[int]:
         """Rows of the captions that are longer than L tokens and therefore lose their end."""
-        lengths = [len(encoding.ids) for encoding in self._whole.encode_batch(_readable(captions))] if captions else []
+        lengths = [len(encoding.ids) for encoding in self._whole.encode_batch(readable(captions))] if captions else []
         return [row for row, length in enumerate(lengths) if length > self.tokens]
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """See the class. Raises ArchipelError naming a caption that is not valid Unicode."""
-        captions = _readable(captions)
+        captions = readable(captions)
         if not captions:
             empty = torch.zeros(0, self.tokens, self.width)
             return Conditioning(empty, empty[:, :, 0].bool(), empty[:, 0])
@@ -91,7 +95,7 @@ class MiniLM:
         return Conditioning(tokens * TOKEN_SCALE, mask.bool(), pooled)
 
 
-def _readable(captions: Sequence[str]) -> list[str]:
+def readable(captions: Sequence[str]) -> list[str]:
     """Refuse halves of characters (bytes of a shell or file that were no UTF-8), which the tokenizer cannot take."""
     for number, caption in enumerate(captions):
         try:
@@ -103,13 +107,20 @@ def _readable(captions: Sequence[str]) -> list[str]:
     return list(captions)
 
 
-def open_text(config: TextConfig) -> MiniLM:
-    """The text encoder that ``run.toml`` asks for: the packaged MiniLM with ``config.tokens`` tokens a caption."""
-    return MiniLM(config.tokens)
+def open_text(config: TextConfig, folder: Path | None = None) -> MiniLM | TransformersText:
+    """The text encoder that ``run.toml`` asks for: the packaged MiniLM with ``config.tokens`` tokens a caption, or what
+    *prepare* took into ``folder`` (``RUN/text``). Raises MissingStageError where there is nothing yet."""
+    if config.encoder == "minilm":
+        return MiniLM(config.tokens)
+    from archipel.encoders.transformers_text import TransformersText
+
+    if folder is None:
+        raise MissingStageError(f"text.encoder = {config.encoder!r} lies in the run's text/: open it with its folder")
+    return TransformersText(config, folder)
 
 
 @contextlib.contextmanager
-def _without_loading_bar() -> Iterator[None]:
+def without_loading_bar() -> Iterator[None]:
     """transformers draws a bar of its own over ours while it loads; whoever had it on gets it back."""
     from transformers.utils import logging as library_logging
 

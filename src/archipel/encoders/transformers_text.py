@@ -1,0 +1,147 @@
+"""Captions -> tokens, mask and pooled vector, by text encoders of transformers: T5, umT5, CLIP, and T5 with CLIP.
+
+| text.encoder | tokens (B, L, D) | pooled (B, P) |
+| --- | --- | --- |
+| t5, umt5 | last hidden states | their mean over real tokens |
+| clip | last hidden states | CLIP's own: the state at the end of the text |
+| t5+clip | T5's | CLIP's own, of at most 77 tokens (FLUX, Paris 2.0) |
+
+L is fixed. With ``padding = "zero"`` the encoder does not see the padding and its states are zero, as WanPipeline has it:
+a caption means the same whatever L is. With "kept" it sees the padding and the states of the padding stay, as
+FluxPipeline, LTXPipeline and CogVideoXPipeline have it. The mask says what is real in either case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archipel import store
+from archipel.config import Text as TextConfig
+from archipel.contracts import Conditioning
+from archipel.encoders import outside
+from archipel.encoders.resolving import text_kind
+from archipel.encoders.text import readable, without_loading_bar
+from archipel.errors import DamagedError, MissingStageError
+
+_AT_ONCE = 16
+
+
+class _Part:
+    """One encoder with its tokenizer; ``length``: tokens of a caption (0: as many as the encoder has positions)."""
+
+    def __init__(self, folder: Path, suffix: str, length: int) -> None:
+        import transformers
+
+        where = folder / f"text_encoder{suffix}"
+        self.kind, self.width, most = text_kind(store.read_json(where / outside.CONFIG), str(where))
+        self.length = min(length or most, most) if most else length
+        model: Any = {
+            "t5": transformers.T5EncoderModel,
+            "umt5": transformers.UMT5EncoderModel,
+            "clip": transformers.CLIPTextModel,
+        }[self.kind]
+        local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        with without_loading_bar():
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                str(folder / f"tokenizer{suffix}"), **local
+            )
+            loaded, told = model.from_pretrained(
+                str(where), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
+            )
+        if told["missing_keys"]:  # transformers would leave them at random
+            raise DamagedError(
+                f"{where} lacks {len(told['missing_keys'])} tensors, such as {sorted(told['missing_keys'])[0]!r}"
+            )
+        self.model: Any = loaded.eval().requires_grad_(False)
+        if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
+            raise DamagedError(
+                f"{folder / f'tokenizer{suffix}'} has {len(self.tokenizer)} pieces, the encoder beside it knows "
+                f"{self.model.get_input_embeddings().num_embeddings}: they do not belong together"
+            )
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption, special ones included, before anything is cut."""
+        return [len(ids) for ids in self.tokenizer(captions, padding=False, truncation=False, verbose=False).input_ids]
+
+    def states(self, captions: list[str], kept: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States (B, L, D), mask (B, L) bool, and CLIP's pooled vector (B, P)."""
+        given = self.tokenizer(
+            captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
+            return_attention_mask=True,
+        )  # fmt: skip
+        device = next(self.model.parameters()).device
+        ids, mask = given.input_ids.to(device), given.attention_mask.to(device)
+        found = self.model(input_ids=ids, attention_mask=None if kept else mask)
+        states: Tensor = found.last_hidden_state
+        if not kept:
+            states = states * mask[:, :, None]
+        return states, mask.bool(), getattr(found, "pooler_output", None)
+
+
+class TransformersText:
+    """``encode(captions)`` -> Conditioning with tokens (B, L, D), mask (B, L), pooled (B, P), float32 on the CPU.
+
+    Longer captions are cut to L tokens, special ones included. An empty caption is its special tokens, not the null text.
+    A row does not depend on what else is in the batch (to about 1e-6).
+    """
+
+    def __init__(self, config: TextConfig, folder: Path) -> None:
+        """``folder``: ``text_encoder/`` and ``tokenizer/`` as *prepare* took them. Raises MissingStageError, DamagedError."""
+        if store.read_card(folder, "text") is None:
+            raise MissingStageError(f"{folder} holds no text encoder: run `archipel prepare {folder.parent}` first")
+        self.name, self.tokens = config.encoder, config.tokens
+        self.width, self.pooled_width = config.width, config.pooled_width
+        self.padding = config.padding
+        names = [suffix for suffix in ("", "_2") if (folder / f"text_encoder{suffix}").is_dir()]
+        beside = config.encoder == "t5+clip"  # CLIP's length is its own there
+        parts: dict[str, _Part] = {}
+        for suffix in names:
+            kind = text_kind(store.read_json(folder / f"text_encoder{suffix}" / outside.CONFIG), str(folder))[0]
+            parts[kind] = _Part(folder, suffix, 0 if beside and kind == "clip" else config.tokens)
+        if set(parts) != set(config.encoder.split("+")):
+            raise DamagedError(
+                f"{folder} holds {' and '.join(parts)}, run.toml says {config.encoder!r}: remove it and run "
+                f"`archipel prepare {folder.parent}`"
+            )
+        self._tokens = parts.get("t5") or next(iter(parts.values()))
+        self._pooled = parts.get("clip")
+        pooled = (self._pooled or self._tokens).width
+        if (self._tokens.width, pooled) != (self.width, self.pooled_width):
+            raise DamagedError(
+                f"{folder} has widths {self._tokens.width} and {pooled}, run.toml says {self.width} and {self.pooled_width}"
+            )
+
+    def to(self, device: torch.device | str) -> TransformersText:
+        """Compute there; what ``encode`` returns is on the CPU all the same."""
+        for part in {id(part): part for part in (self._tokens, self._pooled) if part is not None}.values():
+            part.model.to(device)
+        return self
+
+    def truncated(self, captions: Sequence[str]) -> list[int]:
+        """Rows of the captions that are longer than L tokens and therefore lose their end."""
+        lengths = self._tokens.lengths(readable(captions)) if captions else []
+        return [row for row, length in enumerate(lengths) if length > self.tokens]
+
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """See the class. Raises ArchipelError naming a caption that is not valid Unicode."""
+        captions = readable(captions)
+        if not captions:
+            empty = torch.zeros(0, self.tokens, self.width)
+            return Conditioning(empty, empty[:, :, 0].bool(), torch.zeros(0, self.pooled_width))
+        parts = [self._encode(captions[begin : begin + _AT_ONCE]) for begin in range(0, len(captions), _AT_ONCE)]
+        return Conditioning.cat(parts)
+
+    @torch.no_grad()
+    def _encode(self, captions: list[str]) -> Conditioning:
+        tokens, mask, pooled = self._tokens.states(captions, self.padding == "kept")
+        if self._pooled is not None and self._pooled is not self._tokens:
+            pooled = self._pooled.states(captions, kept=True)[2]  # causal: what comes after the text's end is not seen
+        if pooled is None:
+            real = mask[:, :, None].to(tokens.dtype)
+            pooled = (tokens * real).sum(1) / real.sum(1).clamp_min(1)
+        return Conditioning(tokens.cpu(), mask.cpu(), pooled.cpu())
