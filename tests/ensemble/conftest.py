@@ -16,13 +16,14 @@ from archipel import config as configuration
 from archipel.backbones import base, flops
 from archipel.backbones.flux import build_expert
 from archipel.backbones.router import build_router
-from archipel.encoders.codecs import Pixels
+from archipel.encoders.codecs import Pixels, from_uint8, still_latents
 from archipel.manifest import Clip, write_manifest
 from archipel.routing.calibration import Calibration
 from archipel.routing.router import model_hash, seal
 from archipel.run import MONOLITH, ROUTER, Run
 
 K, TOKENS, WIDTH = 3, 5, 384
+CODEC = Pixels((4, 4, 4), 0.1, 0.6)
 SMALL = {"width": 12, "heads": 1, "rope_axes": [4, 4, 4]}
 SETTINGS: dict[str, Any] = {
     "clips": {"size": 8, "frames": 4, "fps": 4.0},
@@ -34,7 +35,6 @@ SETTINGS: dict[str, Any] = {
     "sample": {"steps": 3, "guidance": 2.0},
     "evaluate": {"count": 20, "showcase": 0},
 }
-LATENT = (192, 1, 2, 2)
 
 
 def shake(network: torch.nn.Module, seed: int) -> None:
@@ -48,7 +48,8 @@ def train(run: Run, name: str, seed: int) -> None:
     folder = run.expert(name)
     make = build_router if name == ROUTER else build_expert
     more = {"clusters": flops.cluster_width(run.config)} if name == MONOLITH else {}
-    network: base.Backbone = make(run.config, LATENT, TOKENS, WIDTH, WIDTH, seed, **more)  # type: ignore[assignment]
+    latent = flops.latent_shape(run.config)
+    network: base.Backbone = make(run.config, latent, TOKENS, WIDTH, WIDTH, seed, **more)  # type: ignore[assignment]
     shake(network, seed)
     files = base.save(network, folder)
     store.write_card(folder, "expert", run.id, files, network=network.facts)
@@ -61,12 +62,16 @@ def train(run: Run, name: str, seed: int) -> None:
 def fill_cache(run: Run, clips: list[Clip]) -> None:
     g = np.random.Generator(np.random.PCG64(0))
     n = len(clips)
-    pixels = g.integers(0, 256, (n, 4, 8, 8, 3), dtype=np.uint8)
+    pixels = g.integers(0, 256, (n, run.config.clips.frames, 8, 8, 3), dtype=np.uint8)
     mask = np.arange(TOKENS)[None] <= np.arange(n)[:, None] % TOKENS
     tokens = g.standard_normal((n, TOKENS, WIDTH), dtype=np.float32) * mask[:, :, None]
     text = {"tokens": tokens, "mask": mask, "pooled": g.standard_normal((n, WIDTH), dtype=np.float32)}
-    index = {}
-    for kind, arrays in {"pixels": {"clips": pixels}, "text": text}.items():
+    index, kinds = {}, {"pixels": {"clips": pixels}, "text": text}
+    if run.config.expert.given_frames:
+        latents = CODEC.encode(from_uint8(pixels))
+        stills = {name: still_latents(CODEC, pixels[:, at], 4) for name, at in (("first", 0), ("last", -1))}
+        kinds["latents"] = {name: value.numpy() for name, value in {"latents": latents, **stills}.items()}
+    for kind, arrays in kinds.items():
 
         def make(begin: int, end: int, arrays: dict[str, np.ndarray] = arrays) -> dict[str, np.ndarray]:
             return {name: values[begin:end] for name, values in arrays.items()}
@@ -92,7 +97,7 @@ def build(root: Path, **sections: dict[str, Any]) -> Run:
     write_manifest(run.manifest, clips)
     store.write_card(run.clips, "clips", run.id, ["manifest.parquet"])
     fill_cache(run, clips)
-    Pixels((4, 4, 4), 0.1, 0.6).save(run.codec, run.id)
+    CODEC.save(run.codec, run.id)
     run.partition.mkdir()
     cluster = np.array([row % 12 % K for row in range(30)])
     pq.write_table(pa.table({"cluster": cluster}), run.partition / "assignment.parquet")
@@ -105,6 +110,18 @@ def build(root: Path, **sections: dict[str, Any]) -> Run:
 @pytest.fixture(scope="session")
 def _whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("whole") / "run").root
+
+
+@pytest.fixture(scope="session")
+def given_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two latent frames whose experts, monolith and router are given frames; to be read only."""
+    sections: dict[str, Any] = {
+        "clips": {"frames": 8},
+        "expert": {"tasks": [1.0, 5.0, 1.0, 1.0]},
+        "router": {"reads_image": True},
+        "evaluate": {"count": 6, "arms": ["top1", "monolith"]},
+    }
+    return build(tmp_path_factory.mktemp("given") / "run", **sections).root
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 
 from archipel.config import Clips as ClipsConfig
 from archipel.config import RunConfig
-from archipel.data.base import Rejected, Window
+from archipel.data.base import Window
 from archipel.data.decode import MAX_PIXELS, to_square
 from archipel.errors import ArchipelError
 from archipel.flow import given
@@ -100,8 +100,8 @@ def _read_file(path: Path, window: Window, what: str) -> np.ndarray:
         raise ArchipelError(f"{what}: {path} is no picture that is read here ({', '.join(FORMATS)})") from error
     except ArchipelError:
         raise
-    except Rejected as error:
-        raise ArchipelError(f"{what}: {path}: {error}") from error
+    except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
+        raise ArchipelError(f"{what}: {path} claims more pixels than can be meant: at most {MAX_PIXELS}") from error
     except Exception as error:  # decoders raise anything at all on damaged files
         said = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise ArchipelError(f"{what}: {path} cannot be read as a picture ({said})") from error
