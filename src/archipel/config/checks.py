@@ -107,11 +107,6 @@ def _check_base(config: RunConfig) -> None:
         )
     if not part.lora_rank:
         return
-    if not part.weights and not part.warm_start:
-        raise ConfigError(
-            f"expert.lora_rank = {part.lora_rank} makes experts adapters of weights, and there are none: set expert.weights, or "
-            "expert.warm_start = 'trunk' with expert.trunk_steps"
-        )
     if part.weights and any(part.tasks[1:]):
         raise ConfigError(
             f"expert.tasks = {list(part.tasks)} gives frames to a network whose projection of them is frozen "
