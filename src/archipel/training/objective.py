@@ -22,7 +22,7 @@ CLIPS = 64  # validation clips per bin at most, so that validating costs a few p
 class FlowObjective:
     """Flow matching on one shard. Expert and monolith differ in the shard and the batch only; a model with ``clusters`` is
     told each clip's own, in validation as well. ``tasks``: the mix of what is given of a clip (see ``flow.given``); None
-    for networks that are given nothing."""
+    for networks that are given nothing. ``at_once``: clips validated in one pass at most (0: all ``CLIPS``)."""
 
     def __init__(
         self,
@@ -36,11 +36,13 @@ class FlowObjective:
         pooled_dropout: float = -1.0,
         tasks: Sequence[float] | None = None,
         device: str = "cpu",
+        at_once: int = 0,
     ) -> None:
         self.model, self.shard = model.to(device), shard
         self._seed, self.size, self._device = seed, batch, device
         self._shift, self._dropout, self._pooled, self._tasks = shift, text_dropout, pooled_dropout, tasks
         self._times = validation_times(BINS, shift).tolist()
+        self._at_once = min(CLIPS, at_once or CLIPS)
 
     def batch(self, step: int, part: slice | None = None) -> Batch:
         return training_batch(
@@ -88,7 +90,14 @@ class FlowObjective:
         bins = []
         for number, t in enumerate(self._times):
             batches = validation_batches(
-                self.shard.validation, self._seed, t, bin_number=number, limit=CLIPS, tasks=tasks, device=self._device
+                self.shard.validation,
+                self._seed,
+                t,
+                bin_number=number,
+                limit=CLIPS,
+                chunk=self._at_once,
+                tasks=tasks,
+                device=self._device,
             )
             bins.append(float(torch.cat([self.loss(batch) for batch in batches]).mean()))
         return bins

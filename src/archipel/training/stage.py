@@ -94,6 +94,7 @@ def train(
             pooled_dropout=config.expert.pooled_dropout,
             tasks=config.expert.tasks if config.expert.given_frames else None,
             device=on,
+            at_once=0 if local is None else local.micro_batch,
         )
 
     train_job(
