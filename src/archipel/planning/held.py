@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Held(TorchDispatchMode):
-    """``now`` and ``peak``: bytes held by tensors that were made inside the block."""
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """``now`` and ``peak``: bytes held by tensors that were made inside the block; ``peak_beside``: at most, beside those that
+    were settled (gradients that stay until the step's end)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.peak_beside = self._settled = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,8 +38,14 @@ class Held(TorchDispatchMode):
         return made
 
     def reset_peak(self) -> None:
-        """Begin a new peak from what is held now."""
-        self.peak = self.now
+        """Begin a new peak from what is held now, with nothing settled."""
+        self.peak = self.peak_beside = self.now
+        self._settled = 0
+
+    def settle_gradient(self, parameter: Tensor) -> None:
+        """From now on this parameter's gradient does not count in ``peak_beside``."""
+        assert parameter.grad is not None
+        self._settled += parameter.grad.untyped_storage().nbytes()
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -48,6 +55,7 @@ class Held(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.peak_beside = max(self.peak_beside, self.now - self._settled)
 
     def _gone(self, key: int, size: int, _: Any) -> None:
         self.now -= size

@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archipel.backbones import flops
+from archipel.backbones.adapters import adapter_of
 from archipel.backbones.base import Denoiser
 from archipel.backbones.registry import build_expert
 from archipel.config import RunConfig
 from archipel.contracts import Conditioning
-from archipel.planning.held import Held, fake
+from archipel.planning.held import Held, fake, weightless
 from archipel.planning.switches import Switches
 from archipel.run import MONOLITH
 from archipel.training.batches import Batch
-from archipel.training.local import Local
 from archipel.training.loop import Settings, Trainer
 from archipel.training.objective import CLIPS, FlowObjective
+from archipel.training.precision import BFLOAT16
 
 _FLOAT32, _BFLOAT16 = 4, 2
+_DEPTHS = ("num_layers", "num_single_layers")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Dry(FlowObjective):
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        self.loss(clips(self._config, CLIPS))
+        self.loss(clips(self._config, self.size))
         return {}
 
 
@@ -91,102 +93,139 @@ def clips(config: RunConfig, count: int) -> Batch:
     """A batch of the run's shapes."""
     latent, (L, D, P) = flops.latent_shape(config), flops.text_shape(config)
     x = torch.empty(count, *latent)
-    image = torch.empty(count, latent[0] + 1, *latent[1:]) if conditions(config) else None
-    cond = Conditioning(
-        torch.empty(count, L, D), torch.ones(count, L, dtype=torch.bool), torch.empty(count, P), image
-    )
+    image = torch.empty(count, latent[0] + 1, *latent[1:]) if config.expert.given_frames else None
+    cond = Conditioning(torch.empty(count, L, D), torch.ones(count, L, dtype=torch.bool), torch.empty(count, P), image)
     cluster = torch.zeros(count, dtype=torch.int64)
     return Batch(x, torch.empty_like(x), torch.empty(count), cond, cluster, torch.empty_like(x))
 
 
-def conditions(config: RunConfig) -> bool:
-    """Whether experts are given frames."""
-    return any(config.expert.tasks[1:])
-
-
 def expert(config: RunConfig, name: str = "0") -> Denoiser:
-    """An expert, or the monolith, as it is trained."""
-    return build_expert(config, seed=0, clusters=flops.cluster_width(config) if name == MONOLITH else 0)
+    """An expert, or the monolith, as it is trained, without memory: whole, or an adapter over a frozen base."""
+    with weightless():
+        model = build_expert(config, seed=0, clusters=flops.cluster_width(config) if name == MONOLITH else 0)
+        adapter = adapter_of(config)
+        if adapter is not None:
+            from archipel.backbones import lora
+
+            lora.attach(model, adapter, "", 0)
+    return model
+
+
+def _held(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give a model without memory tensors that are counted: on the CPU, inside of ``fake()``."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                made = torch.empty(p.shape, dtype=dtype or p.dtype)
+                module._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
+        for name, table in module._buffers.items():
+            if table is not None:
+                module._buffers[name] = torch.empty(table.shape, dtype=table.dtype)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def training(config: RunConfig, switches: Switches, name: str = "0") -> Training:
-    """A step of an expert (or the monolith) on each of ``switches.gpus`` GPUs."""
-    batch = config.monolith.batch if name == MONOLITH else config.expert.batch
-    share = -(-batch // switches.gpus)
-    at_once = min(share, switches.micro_batch or share)
-    with fake(), Held() as held:
+class Steps:
+    """Training steps of one job under any switches. A step is played through once per way of computing it: how many clips
+    at once, whether blocks are computed twice, whether other GPUs hold a part. A 12 B expert takes some ten seconds."""
+
+    def __init__(self, config: RunConfig, name: str = "0") -> None:
+        self.config, self.name = config, name
+        self.batch = config.monolith.batch if name == MONOLITH else config.expert.batch
+        self._known: dict[tuple[str, bool, int, bool], _Played] = {}
+        self._validations: dict[tuple[str, int, bool], int] = {}
         model = expert(config, name)
-        if switches.checkpointing:
-            model.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        if switches.gpus > 1 and switches.precision == "bfloat16":
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+        self.sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+        self.total, self.block = model.parameters_total, max(blocks, default=0)
+        self.rest = self.total - sum(blocks)
+
+    def at_once(self, switches: Switches) -> int:
+        """Clips that one GPU computes at once."""
+        share = -(-self.batch // switches.gpus)
+        return min(share, switches.micro_batch or share)
+
+    def of(self, switches: Switches) -> Training:
+        """A step on each of ``switches.gpus`` GPUs."""
+        at_once, spread = self.at_once(switches), switches.gpus > 1
+        key = (switches.precision, switches.checkpointing, at_once, spread)
+        if key not in self._known:
+            self._known[key] = self._play(switches, at_once)
+        validated = min(CLIPS, switches.micro_batch or CLIPS)
+        asked = (switches.precision, validated, spread)
+        if asked not in self._validations:
+            self._validations[asked] = self._validate(switches, validated)
+        return _on_each(self, self._known[key], self._validations[asked], switches, at_once)
+
+    def _play(self, switches: Switches, at_once: int) -> _Played:
+        """One pass of a step."""
+        with fake(), Held() as held:
+            trainer = self._trainer(self.config, switches, at_once)
+            for p in trainer.parameters:
+                p.register_post_accumulate_grad_hook(held.settle_gradient)  # type: ignore[no-untyped-call]
+            before = held.now
+            held.reset_peak()
+            trainer._in_parts([(slice(0, at_once), 1.0)])
+            return _Played(held.peak_beside - before, held.peak - before)
+
+    def _validate(self, switches: Switches, count: int) -> int:
+        """Bytes beside weights, optimizer and average at most while ``count`` clips are validated at once. Without a backward
+        pass one block of each kind is enough to see it, but for autocast's copies of the weights of all."""
+        with fake(), Held() as held:
+            trainer = self._trainer(shortened(self.config), switches, count)
+            before = held.now
+            held.reset_peak()
+            with trainer._cast():
+                trainer.objective.validate()
+            peak: int = held.peak - before
+            missing = sum(self.sizes) - sum(p.numel() for p in trainer.parameters)
+        copied = switches.precision == BFLOAT16 and switches.gpus == 1
+        return peak + (_BFLOAT16 * missing if copied else 0)
+
+    def _trainer(self, config: RunConfig, switches: Switches, size: int) -> Trainer:
+        model = expert(config, self.name)
+        _held(model)
+        if switches.gpus > 1 and switches.precision == BFLOAT16:
             for block in model.blocks():
-                block.to(torch.bfloat16)  # they are gathered so, and nothing is left for autocast to copy
-        found = _played(Dry(model, config, 2 * at_once), held, at_once, switches)
-        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-        block = max((sum(p.numel() for p in part.parameters()) for part in model.blocks()), default=0)
-        rest = model.parameters_total - sum(p.numel() for part in model.blocks() for p in part.parameters())
-        total = model.parameters_total
-    return _on_each(found, switches, sizes, total, block, rest, at_once, passes=-(-share // at_once))
+                _held(block, torch.bfloat16)  # they are gathered so, and nothing is left for autocast to copy
+        return Trainer(Dry(model, config, size), Settings(steps=10, lr=1e-3), switches.local())
 
 
 @dataclass(frozen=True)
 class _Played:
-    """Bytes beside weights, gradients, optimizer and average: at most in a pass (``activations``), in validation; and
-    ``single``: at most in a pass that begins without gradients, these included."""
+    """Bytes beside weights, gradients, optimizer and average: at most in a pass (``activations``); and ``single``: at most in
+    a pass that begins without gradients, these included."""
 
     activations: int
     single: int
-    validation: int
 
 
-def _played(dry: Dry, held: Held, at_once: int, switches: Switches) -> _Played:
-    """Two passes of one step, the second with gradients already there, and one validation."""
-    trainer = Trainer(dry, Settings(steps=10, lr=1e-3), Local(device="cpu", precision=switches.precision))
-    for p in trainer.parameters:
-        p.grad = torch.zeros_like(p)
-    trainer.optimizer.step()  # makes its state
-    trainer.optimizer.zero_grad(set_to_none=True)
-    before = held.now
-    held.reset_peak()
-    trainer.validate()
-    validation = held.peak - before
-    peaks = []
-    for number in range(2):
-        held.reset_peak()
-        trainer._in_parts([(slice(number * at_once, (number + 1) * at_once), 1.0)])
-        peaks.append(held.peak - before)
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in trainer.parameters if p.grad is not None)
-    return _Played(max(0, peaks[1] - gradients), peaks[0], validation)
-
-
-def _on_each(
-    found: _Played, switches: Switches, sizes: list[int], total: int, block: int, rest: int, at_once: int, *, passes: int
-) -> Training:
-    """What one of ``switches.gpus`` GPUs holds; ``sizes`` of the trained parameters, ``total`` of all, in numbers."""
-    N, trained = switches.gpus, sum(sizes)
+def _on_each(job: Steps, found: _Played, validating: int, switches: Switches, at_once: int) -> Training:
+    """What one of ``switches.gpus`` GPUs holds."""
+    N, trained = switches.gpus, sum(job.sizes)
 
     def shared(size: int) -> int:
         return -(-size // N)
 
-    weights, gradients = shared(_FLOAT32 * total), shared(_FLOAT32 * trained)
-    optimizer, average = shared(switches.optimizer_bytes(sizes)), shared(_FLOAT32 * trained)
-    host = average if switches.ema == "host" else 0
-    average -= host
+    weights, gradients = shared(_FLOAT32 * job.total), shared(_FLOAT32 * trained)
+    optimizer, average = shared(switches.optimizer_bytes(job.sizes)), shared(_FLOAT32 * trained)
+    host = 0
+    if switches.ema == "host":
+        host, average = 2 * average, 0  # the average, and the weights on their way into it
     gathered = 0
     if N > 1:
-        width = _BFLOAT16 if switches.precision == "bfloat16" else _FLOAT32
+        width = _BFLOAT16 if switches.precision == BFLOAT16 else _FLOAT32
         # The block being computed, the next one, the message that brings it, a block's gradients and their float32 sums;
         # and of what is in no block (kept in float32) weights, gradients and their sums.
-        gathered = (4 * width + _FLOAT32) * block + 3 * _FLOAT32 * rest
+        gathered = (4 * width + _FLOAT32) * job.block + 3 * _FLOAT32 * job.rest
     states = weights + optimizer + average
-    if N == 1 and passes == 1:
+    if N == 1 and -(-job.batch // at_once) == 1:
         peak = states + max(found.single, gradients)
     else:
         peak = states + gradients + found.activations + gathered
-    validation = states + found.validation + gathered
+    # Where weights are spread, those that the average takes the place of are kept beside it meanwhile.
+    validation = states + validating + gathered + (average if N > 1 else 0)
     return Training(
         weights, gradients, optimizer, average, found.activations, gathered, peak, validation, host, at_once
     )
@@ -195,14 +234,24 @@ def _on_each(
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def evaluation(config: RunConfig, rows: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """(weights of an expert, what one evaluation of it on ``rows`` rows holds beside them), in bytes."""
+def evaluation(config: RunConfig, rows: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that one evaluation of an expert on ``rows`` rows holds beside its weights: without a backward pass as many in a
+    network with one block of each kind."""
     with fake(), Held() as held, torch.no_grad():
-        model = expert(config).to(dtype).eval()
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        model = expert(shortened(config)).eval()
+        _held(model, dtype)
         one = clips(config, rows)
         before = held.now
         held.reset_peak()
         output = model(one.x_t.to(dtype), one.t.to(dtype), one.cond.to("cpu", dtype))
         assert output.shape == one.x_t.shape
-        return weights, held.peak - before
+        taken: int = held.peak - before
+        return taken
+
+
+def shortened(config: RunConfig) -> RunConfig:
+    """The same run with one block of each kind."""
+    part = config.expert
+    network = {key: min(value, 1) if key in _DEPTHS else value for key, value in part.network.items()}
+    fewer = {"double_blocks": min(part.double_blocks, 1), "single_blocks": min(part.single_blocks, 1)}
+    return config.model_copy(update={"expert": part.model_copy(update={**fewer, "network": network})})

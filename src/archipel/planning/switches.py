@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from archipel.errors import ConfigError
+from archipel.training.local import AVERAGES, OPTIMIZERS, PRECISIONS, Local
 
-PRECISIONS = ("float32", "bfloat16")
-OPTIMIZERS = ("adamw", "adamw8bit")
 _BLOCK = 256  # numbers that share one scale in torchao's 8-bit state
 _SMALL = 4096  # parameters below keep float32 state there
 
@@ -31,7 +30,7 @@ class Switches:
         for option, value, known in (
             ("--precision", self.precision, PRECISIONS),
             ("--optimizer", self.optimizer, OPTIMIZERS),
-            ("--ema", self.ema, ("device", "host")),
+            ("--ema", self.ema, AVERAGES),
         ):
             if value not in known:
                 raise ConfigError(f"{option} {value!r} is not one of {', '.join(known)}")
@@ -53,9 +52,16 @@ class Switches:
             for size in sizes
         )
 
+    def local(self) -> Local:
+        """For a step that is played through here: moments and average are counted apart, and lie on the device."""
+        return Local(device="cpu", precision=self.precision, checkpointing=self.checkpointing)
+
     def told(self) -> str:
         """`archipel train`'s options."""
         words = [f"--precision {self.precision}", f"--micro-batch {self.micro_batch}" if self.micro_batch else ""]
-        words += ["--checkpointing" if self.checkpointing else "", "" if self.optimizer == "adamw" else "--optimizer adamw8bit"]
+        words += [
+            "--checkpointing" if self.checkpointing else "",
+            "" if self.optimizer == "adamw" else "--optimizer adamw8bit",
+        ]
         words += ["--ema host" if self.ema == "host" else "", f"--gpus {self.gpus}" if self.gpus > 1 else ""]
         return " ".join(word for word in words if word)
