@@ -192,9 +192,12 @@ def train(
     local: Local | None = None,
 ) -> None:
     """Train one job in this process: an expert's number, ``monolith``, ``router``, or ``trunk``, whose weights then go into
-    the shards. ``local`` says how it is computed here; one of several processes that torchrun started takes its part."""
+    the shards. ``local`` says how it is computed here (None: as site.toml says); one of several processes that torchrun
+    started takes its part."""
+    from archipel.islands import site
     from archipel.training.ranks import launched
 
+    local = site.local(run.root, {}) if local is None else local
     run.expert(name)  # names the jobs where there is no such one
     with log_to(run.log(f"train-{name}")) if launched()[0] == 0 else contextlib.nullcontext():
         if name == ROUTER:
@@ -328,7 +331,9 @@ def states(run: Run) -> list[StageState]:
     def of(done: bool, partly: bool = False) -> str:
         return "done" if done else "partly" if partly else "missing"
 
-    prepared = run.done(run.clips) and run.done(run.codec) and (run.cache / "index.json").exists()
+    brought = [run.text] * bool(run.config.text.path) + [run.base] * bool(run.config.expert.weights)
+    prepared = all(run.done(folder) for folder in (run.clips, run.codec, *brought))
+    prepared = prepared and (run.cache / "index.json").exists()
     prepared = prepared and (not run.config.expert.weights or run.done(run.base))
     ready = _features_ready(run) if prepared else False
     return [

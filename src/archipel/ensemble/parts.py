@@ -160,7 +160,7 @@ class Parts:
     def text(self) -> TextEncoder:
         from archipel.encoders.text import open_text
 
-        return open_text(self.config.text)
+        return open_text(self.config.text, self.source.text() if self.config.text.path else None)
 
     @property
     def router(self) -> Posterior:

@@ -282,7 +282,7 @@ def _pool(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _embedder(run: Run) -> Embed:
     from archipel.encoders.text import open_text
 
-    encoder = open_text(run.config.text)
+    encoder = open_text(run.config.text, run.text)
     return lambda captions: encoder.encode(captions).pooled.numpy()
 
 

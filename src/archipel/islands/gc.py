@@ -77,7 +77,7 @@ def _torn(objects: Objects) -> list[Entry]:
     root = objects.root
     if root is None:
         return found
-    for top in ("jobs", "shards", "codec", keys.ADMITTED):
+    for top in ("jobs", "shards", "codec", keys.TEXT, keys.BASE, keys.ADMITTED):
         for place, _, names in os.walk(root / top):
             for path in (Path(place, name) for name in names if _ASIDE.fullmatch(name)):
                 with contextlib.suppress(FileNotFoundError):

@@ -58,7 +58,7 @@ class Prompts:
         if self.name == MIXED:
             from archipel.encoders.text import open_text
 
-            return open_text(run.config.text).encode(self.captions)
+            return open_text(run.config.text, run.text).encode(self.captions)
         text = cache.open_kind(run.cache, "text")
         parts = [torch.from_numpy(np.array(text[name][self.rows])) for name in ("tokens", "mask", "pooled")]
         return Conditioning(*parts)

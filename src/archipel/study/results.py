@@ -130,7 +130,7 @@ class Result:
         cond = mixed.cond(run).pooled.numpy()
         from archipel.encoders.text import open_text
 
-        encoder = open_text(run.config.text)
+        encoder = open_text(run.config.text, run.text)
         texts = [cond, *(encoder.encode([pair[i] for pair in mixed.parts]).pooled.numpy() for i in (0, 1))]
         targets = [probe.captions(text) for text in texts]
         _, groups = np.unique(mixed.groups, return_inverse=True)
