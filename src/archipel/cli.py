@@ -124,20 +124,24 @@ def train(
         int | None, typer.Option(min=1, help="CPU threads (default: what the job began with, else all cores).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    micro_batch: Annotated[
-        int, typer.Option(min=0, help="Clips computed at once; the batch of run.toml is made up of so many (0: all).")
-    ] = 0,
+    precision: cli_islands.Precision = None,
+    micro_batch: cli_islands.MicroBatch = None,
     gpus: Annotated[int, typer.Option(min=1, help="Train on so many GPUs of this machine, one process each.")] = 1,
+    checkpointing: cli_islands.Checkpointing = None,
+    optimizer: cli_islands.Optimizer = None,
+    compile_: cli_islands.Compile = None,
+    ema: cli_islands.Average = None,
     sets: Sets = None,
 ) -> None:
     """Train one expert, the monolith or the router in this process; continues where it was."""
     from archipel import pipeline
-    from archipel.training.local import Local
+    from archipel.islands import site
 
     stop_with_parent()
     seconds = None if for_ is None else parse_duration(for_)
-    local = Local(device=device, precision=precision, micro_batch=micro_batch, threads=threads, gpus=gpus)
+    asked = {"device": device, "threads": threads, "gpus": gpus, "precision": precision, "micro_batch": micro_batch}
+    asked |= {"checkpointing": checkpointing, "optimizer": optimizer, "compile": compile_, "ema": ema}
+    local = site.local(run, asked)
     pipeline.train(pipeline.open_run(run, sets or []), expert, seconds=seconds, local=local)
 
 

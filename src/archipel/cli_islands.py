@@ -46,6 +46,37 @@ RunFolder = Annotated[
 ]
 RunId = Annotated[str | None, typer.Option("--run-id", help="The id that `publish` printed: any other run is refused.")]
 
+# How a process trains (archipel.training.local); None: as site.toml says, else the first that is named.
+Precision = Annotated[str | None, typer.Option(help="Of the matrix products: float32 or bfloat16.", show_default=False)]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Clips computed at once; the batch of run.toml is made up of so many (0: all).",
+        show_default=False,
+    ),
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing",
+        help="Compute blocks again on the way back: less memory, more time.",
+        show_default=False,
+    ),
+]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="adamw, or adamw8bit, whose moments take a quarter of the memory.", show_default=False),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the repeated blocks (torch.compile).", show_default=False),
+]
+Average = Annotated[
+    str | None,
+    typer.Option("--ema", help="Where the average of the weights lies: device or host.", show_default=False),
+]
+
 
 def publish(
     run: RunFolder,
@@ -82,11 +113,13 @@ def join(
         int | None, typer.Option(min=1, help="CPU threads (default: what a job began with, else all cores).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    micro_batch: Annotated[
-        int, typer.Option(min=0, help="Clips computed at once; the batch of run.toml is made up of so many (0: all).")
-    ] = 0,
+    precision: Precision = None,
+    micro_batch: MicroBatch = None,
     gpus: Annotated[int, typer.Option(min=1, help="Train each job on so many GPUs of this machine.")] = 1,
+    checkpointing: Checkpointing = None,
+    optimizer: Optimizer = None,
+    compile_: Compile = None,
+    ema: Average = None,
 ) -> None:
     """Make this machine an island: take free jobs of a published run until none is left."""
     from archipel.islands.bucket import Bucket
@@ -103,7 +136,17 @@ def join(
         name=name,
         work=work,
         sign=_signer(key),
-        local=Local(device=device, precision=precision, micro_batch=micro_batch, threads=threads, gpus=gpus),
+        local=Local(
+            device=device,
+            precision=precision or "float32",
+            micro_batch=micro_batch or 0,
+            threads=threads,
+            gpus=gpus,
+            checkpointing=bool(checkpointing),
+            optimizer=optimizer or "adamw",
+            compile=bool(compile_),
+            ema=ema or "device",
+        ),
     )
     with StopFlag(options.seconds) as stop:
         bucket = Bucket.open(url, run_id, give_up=lambda: bool(stop))

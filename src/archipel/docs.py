@@ -28,8 +28,9 @@ names that id, and on resume it wins over anything said on the command line. At 
 _SITE = """
 ## site.toml
 
-What concerns one site only, for `archipel run --engine slurm` and `--engine sky` (docs/islands.md): in the run's folder, local,
-mutable, in no hash and in no bucket. `--site section.key=value` wins over it.
+What concerns one site only: how its processes train, and what `archipel run --engine slurm` and `--engine sky` ask for
+(docs/islands.md). In the run's folder, local, mutable, in no hash and in no bucket. `--site section.key=value` wins over
+it, and so do the options of `archipel train`.
 """
 
 _EXITS = """

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from archipel import config as configuration
 from archipel.config import Section
 from archipel.errors import ConfigError, DamagedError
+from archipel.training.local import Local
 
 NAME = "site.toml"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -115,9 +116,25 @@ class SkySite(Section):
         return value
 
 
+class TrainSite(Section):
+    """[train]: how training processes compute here, where no option of the command says otherwise."""
+
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of the matrix products.")
+    micro_batch: int = Field(0, ge=0, description="Clips that one process computes at once (0: all of its share).")
+    checkpointing: bool = Field(
+        False, description="Compute activations inside a block again on the way back instead of keeping them."
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps AdamW's moments in 8 bits (torchao)."
+    )
+    compile: bool = Field(False, description="Compile the repeated blocks (torch.compile).")
+    ema: Literal["device", "host"] = Field("device", description="Where the average of the weights lies.")
+
+
 class SiteConfig(Section):
     """All of ``site.toml``."""
 
+    train: TrainSite = TrainSite()
     slurm: SlurmSite = SlurmSite()
     sky: SkySite = SkySite()
 
@@ -172,3 +189,10 @@ def read(folder: Path, sets: Iterable[str] = ()) -> SiteConfig:
         values = configuration.merge(values, {section: {name: value}})
         site = _build(values, f"--site {pair}")
     return site
+
+
+def local(folder: Path, given: Mapping[str, Any], sets: Iterable[str] = ()) -> Local:
+    """How a process computes in a run's folder: what was ``given`` (None: nothing was), else the site's [train], else the
+    defaults of ``Local``. Raises as ``read`` and ``Local`` do."""
+    asked = {key: value for key, value in given.items() if value is not None}
+    return Local(**(read(folder, sets).train.model_dump() | asked))

@@ -60,8 +60,8 @@ class Local:
         return dataclasses.replace(self, threads=threads or self.threads, device=device or self.device)
 
     def words(self) -> list[str]:
-        """The options of ``archipel train`` and ``archipel join`` that say how a process computes, all but device,
-        threads and gpus: what differs from one process to the next on one machine."""
+        """These settings as options of ``archipel train`` and ``archipel join``, but for device, threads and gpus: those
+        differ from one process to the next."""
         return [
             *("--precision", self.precision, "--micro-batch", str(self.micro_batch)),
             *("--optimizer", self.optimizer, "--ema", self.ema),

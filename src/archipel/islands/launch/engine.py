@@ -20,10 +20,12 @@ from types import TracebackType
 from typing import Protocol
 
 from archipel.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError, Stopped
+from archipel.islands import site as sites
 from archipel.islands.launch.local import steps_of
 from archipel.progress import StopFlag
 from archipel.run import Run
 from archipel.spread import Spread
+from archipel.training.local import Local
 
 LOCAL = "local"
 _LOOK = 5.0  # seconds between looks at the store, and as long as one look may take
@@ -101,10 +103,13 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "archipel.cli", *map(str, arguments)]
 
 
-def join_arguments(store: str, run: Run, name: str, threads: int | None) -> list[str]:
-    """What one job is, wherever it runs: the arguments of ``archipel``."""
+def join_arguments(store: str, run: Run, name: str, threads: int | None, site: Sequence[str] = ()) -> list[str]:
+    """What one job is, wherever it runs: the arguments of ``archipel``. How it computes is what the run's ``site.toml``
+    with ``site`` on top says under [train]: the machine that runs it does not see that file."""
     limit = ["--threads", str(threads)] if threads else []
-    return ["join", store, "--only", name, "--jobs", "1", "--run-id", run.id, *limit]
+    local = sites.local(run.root, {}, site)
+    how = [] if local == Local() else local.words()
+    return ["join", store, "--only", name, "--jobs", "1", "--run-id", run.id, *limit, *how]
 
 
 def environment(threads: int | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,8 +48,13 @@ def check_store(url: str) -> str:
     return check_url(url)
 
 
-def task(run: Run, store: str, name: str, site: SkySite, threads: int | None) -> dict[str, Any]:
-    """One job's task as SkyPilot reads it: name, resources, environment, setup, run. Deterministic, without secrets."""
+def task(
+    run: Run, store: str, name: str, site: SkySite, threads: int | None, sets: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One job's task as SkyPilot reads it: name, resources, environment, setup, run. Deterministic, without secrets.
+
+    ``sets``: pairs on top of the run's ``site.toml``, whose [train] says how the job computes.
+    """
     asked = {
         "infra": site.infra,
         "accelerators": site.accelerators,
@@ -60,7 +65,7 @@ def task(run: Run, store: str, name: str, site: SkySite, threads: int | None) ->
     }
     where = {key: value for key in _WHERE if (value := os.environ.get(key)) and "@" not in value}
     environment = engine.environment(threads) | {"ARCHIPEL_STOP_WITH_PARENT": "0"} | where
-    command = shlex.join(["archipel", *engine.join_arguments(store, run, name, threads)])
+    command = shlex.join(["archipel", *engine.join_arguments(store, run, name, threads, sets)])
     return {
         "name": task_name(run, name),
         "resources": {key: value for key, value in asked.items() if value} | {"use_spot": site.use_spot},
@@ -109,7 +114,8 @@ class SkyEngine:
 
     def __init__(self, run: Run, store: str, threads: int | None = None, sets: Iterable[str] = ()) -> None:
         self.run, self.store, self.threads = run, check_store(store), threads
-        self.site = sites.read(run.root, sets).sky
+        self._sets = tuple(sets)
+        self.site = sites.read(run.root, self._sets).sky
 
     @property
     def items(self) -> Spread | None:
@@ -154,7 +160,7 @@ class SkyEngine:
     def write(self, names: list[str]) -> Iterator[str]:
         """Write ``RUN/sky/<job>.yaml`` for each name; yields the commands that launch them."""
         for name in names:
-            value = task(self.run, self.store, name, self.site, self.threads)
+            value = task(self.run, self.store, name, self.site, self.threads, self._sets)
             path = self.run.root / "sky" / f"{name}.yaml"
             files.write_text(path, render(value))
             yield launch_command(path, value, self.store)

@@ -186,7 +186,8 @@ class SlurmEngine:
 
     def __init__(self, run: Run, store: str, threads: int | None = None, sets: Iterable[str] = ()) -> None:
         self.run, self.store = run, store
-        self.site = sites.read(run.root, sets).slurm
+        self._sets = tuple(sets)
+        self.site = sites.read(run.root, self._sets).slurm
         self.threads = threads or self.site.threads or self.site.cpus or None
         tag = hashlib.sha256(f"{run.id} {store}".encode()).hexdigest()[:10]
         self.queue = Queue(run.root.resolve() / "slurm", self.site, tag)
@@ -226,7 +227,8 @@ class SlurmEngine:
     def arguments(self, name: str) -> list[str]:
         """The job's command."""
         python = self.site.python or sys.executable
-        return [python, "-m", "archipel.cli", *engine.join_arguments(self.store, self.run, name, self.threads)]
+        arguments = engine.join_arguments(self.store, self.run, name, self.threads, self._sets)
+        return [python, "-m", "archipel.cli", *arguments]
 
     def _watch(self, objects: Objects, names: list[str], stop: StopFlag) -> None:
         jobs: dict[str, _Job] = {}
