@@ -255,7 +255,7 @@ def test_weights_of_another_network_are_refused_when_they_are_taken(tmp_path: Pa
     folder = weights_for(plain, tmp_path / "released")
     about = stated(folder) | {"num_single_layers": 2}
     run = make(tmp_path / "run", weights=str(folder), network=about)
-    with pytest.raises(DamagedError, match="does not fit run.toml"):
+    with pytest.raises(DamagedError, match=r"does not fit run\.toml"):
         bases.take(run)
     assert not run.done(run.base)
 
