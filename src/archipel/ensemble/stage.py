@@ -110,7 +110,7 @@ class Plan:
         """The captions as training saw them, and the given frames, from the cache."""
         text = cache.open_kind(self.run.cache, "text")
         parts = [torch.from_numpy(np.array(text[name][self.rows])) for name in ("tokens", "mask", "pooled")]
-        return Conditioning(*parts, self._image() if self.begun else None)
+        return Conditioning(*parts).given(self._image() if self.begun else None)
 
     def _image(self) -> torch.Tensor:
         latents = cache.open_kind(self.run.cache, "latents")

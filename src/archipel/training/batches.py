@@ -120,13 +120,13 @@ class Clips:
                 f"{self.path} has no latents of first and last frames, which expert.tasks gives: run `archipel prepare` and "
                 "`archipel partition` again"
             )
-        stills = []
+        stills = {}
         for name in _STILLS:
             frames = np.array(self._arrays[name][rows])
             for place in np.flatnonzero(phase):
                 frames[place] = self._arrays[f"phases_{name}"][rows[place], phase[place] - 1]
-            stills.append(torch.from_numpy(frames))
-        return given.condition(*stills, tasks, self.latent_shape[1])
+            stills[name] = torch.from_numpy(frames)
+        return given.condition(stills["first"], stills["last"], tasks, self.latent_shape[1])
 
     def take(self, rows: np.ndarray, device: str = "cpu") -> tuple[Tensor, Conditioning, Tensor]:
         """Latents (B, C, T, H, W), conditioning and cluster (B,) of the rows, as fresh tensors."""
