@@ -93,7 +93,7 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
     _optional_components: ClassVar[list[str]] = list(OPTIONAL)
 
     def __new__(cls, *args: Any, **parts: Any) -> ArchipelPipeline:
-        names = tuple(sorted(name for name in parts if _EXPERT.fullmatch(name)))
+        names = tuple(sorted((name for name in parts if _EXPERT.fullmatch(name)), key=lambda name: int(name[7:])))
         return object.__new__(_class(names) if cls is ArchipelPipeline else cls)
 
     def __init__(self, **parts: Any) -> None:

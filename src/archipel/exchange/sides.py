@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ def write_text(source: Source, made: Path, config: RunConfig) -> dict[str, Entry
 def _minilm(made: Path, tokens: int) -> dict[str, Entry]:
     from transformers import PreTrainedTokenizerFast
 
-    from archipel.encoders.text import MiniLM
     from archipel.encoders.weights import weights_file
 
     folder = weights_file("minilm").parent
-    MiniLM(tokens).model.save_pretrained(str(made / "text_encoder"), safe_serialization=True)
+    (made / "text_encoder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(folder / name, made / "text_encoder" / name)
     marks = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
     build: Any = PreTrainedTokenizerFast
     tokenizer = build(tokenizer_file=str(folder / "tokenizer.json"), model_max_length=tokens, **marks)
