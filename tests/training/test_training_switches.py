@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from archipel import config, store
+from archipel import cli, config, pipeline, store
 from archipel.backbones.flops import latent_shape, text_shape
 from archipel.backbones.router import build_router
 from archipel.contracts import Conditioning
-from archipel.errors import ArchipelError, Stopped
+from archipel.errors import ArchipelError, ConfigError, Stopped
+from archipel.islands import site
+from archipel.islands.launch.engine import join_arguments
 from archipel.progress import StopFlag
 from archipel.routing.stage import train_router
 from archipel.run import ROUTER, Run
@@ -326,3 +330,26 @@ def test_builds_of_before_there_were_switches_are_not_called_others() -> None:
     before = {key: value for key, value in now.items() if key not in machine.SWITCHES}
     assert machine.differences({**machine.OLDER, **before}, now) == []
     assert machine.differences(now, machine.build("cpu", 1, Local(ema="host"))) == ["ema device, now host"]
+
+
+def test_the_site_says_how_its_processes_train_and_options_say_otherwise(
+    runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found = runs("run"), []
+    assert site.local(run.root, {}) == Local() and "--ema" not in join_arguments("/store", run, "0", 1)
+    store.write_text(run.root / site.NAME, '[train]\noptimizer = "adamw8bit"\ncheckpointing = true\nmicro_batch = 2\n')
+    ours = Local(optimizer="adamw8bit", checkpointing=True, micro_batch=2)
+    assert site.local(run.root, {"gpus": 1, "compile": None}) == ours
+    assert join_arguments("/store", run, "0", None)[-len(ours.words()) :] == ours.words()
+    more = join_arguments("/store", run, "0", None, ["train.compile=true"])
+    assert "--compile" in more and "--checkpointing" in more
+
+    monkeypatch.setattr(pipeline, "train", lambda run, name, **more: found.append(more["local"]))
+    invoke = CliRunner().invoke
+    for words in ([], ["--no-checkpointing", "--ema", "host", "--micro-batch", "0"], ours.words(), Local().words()):
+        assert invoke(cli.app, ["train", str(run.root), "0", "--threads", "1", *words]).exit_code == 0
+    one, two, three, four = found
+    assert one == three == replace(ours, threads=1) and four == Local(threads=1)
+    assert two == replace(ours, threads=1, checkpointing=False, ema="host", micro_batch=0)
+    with pytest.raises(ConfigError, match=r"train\.ema"):
+        site.local(run.root, {}, ["train.ema=disk"])
