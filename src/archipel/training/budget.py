@@ -105,7 +105,7 @@ def write_ledger(run: Run) -> dict[str, Any]:
         "missing": missing,
         "arms": {name: _arm(card) for name, card in done.items()},
         "training": _training(run, own, shared),
-        "sampling": _sampling(run.config),
+        "sampling": sampling(run.config),
         "traffic": traffic.section(done, run.expert_names, [ROUTER]),
         **({"imported": imported} if imported else {}),
         **({"trunk": dict(trunk)} if trunk else {}),
@@ -149,7 +149,7 @@ def _training(run: Run, done: dict[str, dict[str, Any]], shared: int) -> dict[st
     }
 
 
-def _sampling(config: RunConfig) -> dict[str, Any]:
+def sampling(config: RunConfig) -> dict[str, Any]:
     """Planned FLOPs per generated clip by strategy: experts and router apart, the codec not counted.
 
     Guidance (other than 0 and 1) evaluates each chosen expert twice. ``threshold`` takes between one expert and all: the
