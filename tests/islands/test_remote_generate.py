@@ -412,7 +412,7 @@ def test_generate_from_a_url_in_the_shell(
 ) -> None:
     from archipel.encoders import text
 
-    monkeypatch.setattr(text, "open_text", lambda config: letters)
+    monkeypatch.setattr(text, "open_text", lambda config, folder: letters)
     harbour.commit("0", "1", ROUTER)
     harbour.admit("0", ROUTER)
     here = ["-o", tmp_path / "clip.webp", "--scale", "1", "--run-id", harbour.run.id[:12]]
