@@ -161,9 +161,12 @@ class Bank:
 
     def load(self, folder: Path) -> Adapted:
         """The adapter in ``folder``; let go some time after nobody holds what is returned. Raises as ``read``."""
-        facts, tensors = read(folder, self.sha256)
+        return self.add(*read(folder, self.sha256), folder / "card.json")
+
+    def add(self, facts: dict[str, Any], tensors: Mapping[str, Tensor], where: Path | str) -> Adapted:
+        """An adapter as ``read`` gives it; ``where`` names it in errors. Raises DamagedError where the base is another's."""
         if (of := {key: value for key, value in facts.items() if key != "lora"}) != self.base.facts:
-            raise DamagedError(f"{folder / 'card.json'}: network = {of!r} is not that of its base, {self.base.facts!r}")
+            raise DamagedError(f"{where}: network = {of!r} is not that of its base, {self.base.facts!r}")
         with self._lock:
             self._forget()
             name = f"expert_{self._count}"

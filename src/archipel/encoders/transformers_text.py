@@ -32,24 +32,33 @@ _AT_ONCE = 16
 
 
 class _Part:
-    """One encoder with its tokenizer; ``length``: tokens of a caption (0: as many as the encoder has positions)."""
+    """One encoder with its tokenizer, loaded; ``length``: tokens of a caption (0: as many as the encoder has positions)."""
 
-    def __init__(self, folder: Path, suffix: str, length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, length: int, said: str) -> None:
+        self.kind, self.width, most = text_kind(model.config.to_dict(), said)
+        self.length = min(length or most, most) if most else length
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer: Any = tokenizer
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise DamagedError(
+                f"{said}: the tokenizer has {len(tokenizer)} pieces, the encoder beside it knows "
+                f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+            )
+
+    @classmethod
+    def load(cls, folder: Path, suffix: str, length: int) -> _Part:
+        """From ``text_encoder{suffix}/`` and ``tokenizer{suffix}/``."""
         import transformers
 
         where = folder / f"text_encoder{suffix}"
-        self.kind, self.width, most = text_kind(store.read_json(where / outside.CONFIG), str(where))
-        self.length = min(length or most, most) if most else length
         model: Any = {
             "t5": transformers.T5EncoderModel,
             "umt5": transformers.UMT5EncoderModel,
             "clip": transformers.CLIPTextModel,
-        }[self.kind]
+        }[text_kind(store.read_json(where / outside.CONFIG), str(where))[0]]
         local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         with without_loading_bar():
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                str(folder / f"tokenizer{suffix}"), **local
-            )
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder / f"tokenizer{suffix}"), **local)
             loaded, told = model.from_pretrained(
                 str(where), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
             )
@@ -57,12 +66,7 @@ class _Part:
             raise DamagedError(
                 f"{where} lacks {len(told['missing_keys'])} tensors, such as {sorted(told['missing_keys'])[0]!r}"
             )
-        self.model: Any = loaded.eval().requires_grad_(False)
-        if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
-            raise DamagedError(
-                f"{folder / f'tokenizer{suffix}'} has {len(self.tokenizer)} pieces, the encoder beside it knows "
-                f"{self.model.get_input_embeddings().num_embeddings}: they do not belong together"
-            )
+        return cls(loaded, tokenizer, length, str(folder / f"tokenizer{suffix}"))
 
     def lengths(self, captions: list[str]) -> list[int]:
         """Tokens of each caption, special ones included, before anything is cut."""
@@ -77,10 +81,17 @@ class _Part:
         device = next(self.model.parameters()).device
         ids, mask = given.input_ids.to(device), given.attention_mask.to(device)
         found = self.model(input_ids=ids, attention_mask=None if kept else mask)
-        states: Tensor = found.last_hidden_state
+        # Where the model was moved for this call only, its answer is elsewhere than what it was given.
+        states: Tensor = found.last_hidden_state.to(device, torch.float32)
         if not kept:
             states = states * mask[:, :, None]
-        return states, mask.bool(), getattr(found, "pooler_output", None)
+        pooled: Tensor | None = getattr(found, "pooler_output", None)
+        return states, mask.bool(), None if pooled is None else pooled.to(device, torch.float32)
+
+
+def _length(config: TextConfig, kind: str) -> int:
+    """Tokens of a caption for one encoder; CLIP's length is its own beside T5."""
+    return 0 if config.encoder == "t5+clip" and kind == "clip" else config.tokens
 
 
 class TransformersText:
@@ -94,15 +105,28 @@ class TransformersText:
         """``folder``: ``text_encoder/`` and ``tokenizer/`` as *prepare* took them. Raises MissingStageError, DamagedError."""
         if store.read_card(folder, "text") is None:
             raise MissingStageError(f"{folder} holds no text encoder: run `archipel prepare {folder.parent}` first")
-        self.name, self.tokens = config.encoder, config.tokens
-        self.width, self.pooled_width = config.width, config.pooled_width
-        self.padding = config.padding
         names = [suffix for suffix in ("", "_2") if (folder / f"text_encoder{suffix}").is_dir()]
-        beside = config.encoder == "t5+clip"  # CLIP's length is its own there
         parts: dict[str, _Part] = {}
         for suffix in names:
             kind = text_kind(store.read_json(folder / f"text_encoder{suffix}" / outside.CONFIG), str(folder))[0]
-            parts[kind] = _Part(folder, suffix, 0 if beside and kind == "clip" else config.tokens)
+            parts[kind] = _Part.load(folder, suffix, _length(config, kind))
+        self._join(config, parts, folder)
+
+    @classmethod
+    def of(cls, config: TextConfig, loaded: Sequence[tuple[Any, Any]]) -> TransformersText:
+        """From encoders that are loaded already, each with its tokenizer. Raises DamagedError."""
+        self = cls.__new__(cls)
+        parts: dict[str, _Part] = {}
+        for model, tokenizer in loaded:
+            kind = text_kind(model.config.to_dict(), type(model).__name__)[0]
+            parts[kind] = _Part(model, tokenizer, _length(config, kind), type(model).__name__)
+        self._join(config, parts, Path("what is loaded"))
+        return self
+
+    def _join(self, config: TextConfig, parts: dict[str, _Part], folder: Path) -> None:
+        self.name, self.tokens = config.encoder, config.tokens
+        self.width, self.pooled_width = config.width, config.pooled_width
+        self.padding = config.padding
         if set(parts) != set(config.encoder.split("+")):
             raise DamagedError(
                 f"{folder} holds {' and '.join(parts)}, run.toml says {config.encoder!r}: remove it and run "
