@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archipel import __version__, cli_evaluate, cli_exchange, cli_islands, cli_study
+from archipel import __version__, cli_evaluate, cli_exchange, cli_islands, cli_plan, cli_study
 from archipel.edge import flush, message, parse_duration, say, stop_with_parent
 from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
@@ -413,6 +413,7 @@ def cache_clean(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not as
 cli_evaluate.register(app)
 cli_exchange.register(app)
 cli_islands.register(app)
+cli_plan.register(app)
 cli_study.register(app)
 
 
