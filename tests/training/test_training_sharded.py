@@ -239,6 +239,36 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(pair: tuple[
 
 
 @pytest.mark.slow
+def test_checkpointing_and_an_average_on_the_host_change_no_bit_of_two_processes(
+    pair: tuple[Run, Run], ask: Ask
+) -> None:
+    switched = {"checkpointing": True, "ema": "host"}
+    for name in ("0", "router"):
+        for run, local in zip(pair, ({}, switched), strict=True):
+            assert ask(run, name, 2, local=local)["codes"] == [0, 0]
+        cards = [card_of(run, name) for run in pair]
+        assert cards[0]["sha256"] == cards[1]["sha256"] and cards[0]["validation"] == cards[1]["validation"]
+        assert cards[1]["build"] == cards[0]["build"] | switched
+
+
+@pytest.mark.slow
+def test_moments_of_8_bits_are_dealt_out_saved_and_resumed(
+    tmp_path: Path, make_run: Callable[..., Run], ask: Ask
+) -> None:
+    wide = {"width": 64, "rope_axes": [8, 12, 12], "steps": 40, "checkpoint_every": 20, "validate_every": 20}
+    one, other, alone = (make_run(tmp_path / name, expert=wide) for name in ("one", "other", "alone"))
+    local = {"optimizer": "adamw8bit"}
+    assert ask(one, "0", 2, local=local)["codes"] == [0, 0]
+    assert ask(other, "0", 2, local=local, stop_at={"0": 3})["codes"] == [130, 130]
+    assert ask(other, "0", 2, local=local)["codes"] == [0, 0]
+    assert card_of(other)["bitwise"] and card_of(other)["resumed"] == 1
+    assert card_of(one)["sha256"] == card_of(other)["sha256"]
+    assert ask(alone, "0", 1)["codes"] == [0]
+    losses = [card_of(run)["validation"]["ema"]["loss"] for run in (one, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+@pytest.mark.slow
 def test_the_best_weights_are_kept_by_more_processes_than_clips_divide_into(pair: tuple[Run, Run], ask: Ask) -> None:
     one, other = pair
     assert ask(one, "router", 1)["codes"] == [0]
@@ -327,11 +357,10 @@ def test_what_a_dead_process_means_for_all() -> None:
 
 
 def test_a_process_is_started_with_this_islands_settings_and_facts_are_put_into_its_card(small_run: Run) -> None:
-    words = launch.command(small_run, "1", Local(device="cpu", precision="bfloat16", micro_batch=3, threads=2, gpus=4))
-    assert words == [
-        *("train", "--precision", "bfloat16", "--micro-batch", "3", "--device", "cpu", "--threads", "2", "--"),
-        *(str(small_run.root), "1"),
-    ]
+    local = Local(device="cpu", precision="bfloat16", micro_batch=3, threads=2, gpus=4)
+    words = launch.command(small_run, "1", local)
+    assert words[:5] == ["train", "--precision", "bfloat16", "--micro-batch", "3"]
+    assert words == ["train", *local.words(), "--device", "cpu", "--threads", "2", "--", str(small_run.root), "1"]
     train(small_run, "1", threads=1)
     launch.add_to_card(small_run.expert("1"), {"fence": 3})
     assert card_of(small_run, "1")["island"] == {"fence": 3}
@@ -348,3 +377,24 @@ def test_a_processs_own_error_reaches_whoever_launched_it(tmp_path: Path, monkey
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "no such shard"}
     assert launch._judge("expert 0", 4, {3: -9}) == 2
     assert "process 3 of the 4 that train expert 0 was ended by SIGKILL" in (tmp_path / "of-3").read_text()
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_the_adapter_that_one_trains(
+    tmp_path: Path, make_run: Callable[..., Run], ask: Ask
+) -> None:
+    """Each holds half of the frozen base as well."""
+    from archipel.training import bases
+
+    expert = {"batch": 4, "steps": 12, "warm_start": "trunk", "trunk_steps": 4, "lora_rank": 2, "lora_alpha": 6.0}
+    one, other = (make_run(tmp_path / name, expert=expert) for name in ("one", "other"))
+    for run in (one, other):
+        train(run, "trunk", threads=1)
+        bases.from_trunk(run)
+    train(one, "0", threads=1)
+    found = ask(other, "0", 2)
+    assert found["codes"] == [0, 0], found
+    same_training(one, other)
+    assert card_of(one)["parameters"] == card_of(other)["parameters"]
