@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from archipel import config
+from archipel.backbones import lora
 from archipel.backbones.base import Backbone
 from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
@@ -124,6 +125,8 @@ class Trainer:
         if local.precision != FLOAT32 and isinstance(objective.model, Backbone):
             keep_float32(objective.model.ends())
             norms_in_input_dtype(objective.model)
+            if ranks.size == 1:  # FSDP2 has half of it in each process, and gathers in bfloat16
+                lora.halve(objective.model)
         switches.apply(objective.model, local)
         device = next(objective.model.parameters()).device.type
         self._cast = autocast(local.precision, device)

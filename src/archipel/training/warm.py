@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from archipel import store
+from archipel import run, store
 from archipel.backbones import base
 from archipel.config import RunConfig
 from archipel.errors import DamagedError, MissingStageError
@@ -20,7 +20,7 @@ from archipel.training.batches import Shard
 
 def starts_warm(config: RunConfig, name: str) -> bool:
     """Whether a job begins with the trunk's weights that its shard carries. Adapters over the trunk have it as ``base/``."""
-    return config.expert.warm_start == TRUNK and not config.expert.lora_rank and name not in (TRUNK, ROUTER)
+    return run.starts_warm(config) and name not in (TRUNK, ROUTER)
 
 
 @torch.no_grad()
