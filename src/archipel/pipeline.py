@@ -166,7 +166,7 @@ def _alone(run: Run, stage: str, *folders: Path) -> Iterator[None]:
 def prepare(run: Run, stop: StopFlag | None = None, engine: Engine | None = None) -> None:
     from archipel.prepare import prepare as stage
 
-    with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec, run.base):
+    with _stopping(stop) as flag, _alone(run, "prepare", run.clips, run.cache, run.codec, run.text, run.base):
         stage(run, flag, None if engine is None else engine.items)
         if run.config.expert.weights and not run.done(run.base):
             from archipel.training.bases import take

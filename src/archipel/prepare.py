@@ -71,6 +71,9 @@ def prepare(run: Run, stop: StopFlag | None = None, spread: Spread | None = None
             "features": _features(run, pixels, source, stop, spread),
         }
         cache.set_index(run.cache, {kind: entry.folder.name for kind, entry in entries.items()})
+        if run.config.codec.path or run.config.text.path:  # gigabytes, of no use to what comes next in this process
+            _codec.cache_clear()
+            _text_encoder.cache_clear()
 
 
 def check_groups(run: Run, clips: list[Clip]) -> None:

@@ -78,6 +78,10 @@ def _check_codec(config: RunConfig) -> None:
         raise ConfigError(
             f"codec.path, model, causal and tiling belong to codec.kind = 'autoencoder', which is {codec.kind!r}"
         )
+    if codec.tiling and codec.model == "AutoencoderTiny" and codec.channels != 4:
+        raise ConfigError(
+            f"codec.tiling = true, but AutoencoderTiny tiles latents of 4 channels only, and this one has {codec.channels}: leave it out"
+        )
     numbers = 3 * codec.patch[0] * codec.patch[1] * codec.patch[2]
     if codec.kind == "patch-pca" and codec.channels > numbers:
         raise ConfigError(

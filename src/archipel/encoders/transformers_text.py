@@ -124,7 +124,8 @@ class TransformersText:
         return self
 
     def _join(self, config: TextConfig, parts: dict[str, _Part], folder: Path) -> None:
-        self.name, self.tokens = config.encoder, config.tokens
+        self.name: str = config.encoder
+        self.tokens = config.tokens
         self.width, self.pooled_width = config.width, config.pooled_width
         self.padding = config.padding
         if set(parts) != set(config.encoder.split("+")):
