@@ -229,3 +229,26 @@ def test_forward_and_training_flops_against_the_counter(targets: str) -> None:
     counted = count(one, True)
     assert counted <= frozen + 3 * own <= 1.05 * counted
     assert frozen < 0.85 * 3 * plain[0]
+
+
+def test_a_base_in_bfloat16_gives_what_autocast_gives() -> None:
+    one, (x, t, cond) = denoiser(), inputs()
+    lora.attach(one, Adapter(4, 4.0, "attention"), SHA, seed=5)
+    disturb(one, 7)
+    trained = {name: p for name, p in one.network.named_parameters() if p.requires_grad}
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = one(x, t, cond).float().square().mean()
+        return value.detach(), dict(zip(trained, torch.autograd.grad(value, list(trained.values())), strict=True))
+
+    before, gradients = loss()
+    whole = sum(p.untyped_storage().nbytes() for p in one.parameters())
+    lora.halve(one)
+    assert sum(p.untyped_storage().nbytes() for p in one.parameters()) < 0.65 * whole
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    after, same = loss()
+    assert torch.equal(before, after) and all(torch.equal(gradients[name], same[name]) for name in trained)
+    plain = denoiser()
+    lora.halve(plain)
+    assert all(p.dtype == torch.float32 for p in plain.parameters())
