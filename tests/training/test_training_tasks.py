@@ -15,7 +15,9 @@ from archipel.backbones.base import Denoiser
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError, MissingStageError
 from archipel.flow import given
+from archipel.islands import card as cards
 from archipel.run import MONOLITH, Run
+from archipel.training import heldout
 from archipel.training.batches import Clips, Shard, training_batch, validation_batches
 from archipel.training.objective import FlowObjective
 from archipel.training.stage import train
@@ -181,3 +183,7 @@ def test_an_expert_learns_to_use_the_frames_it_is_given(tmp_path: Path, make_run
     assert card["network"]["image"] is True
     tasks = card["validation"]["raw"]["tasks"]
     assert max(tasks["head"], tasks["loop"], tasks["tail"]) < 0.7 * tasks["text"], tasks
+    # An owner who admits it reads the same card, and measures the same loss.
+    assert cards.parse_card(store.read_json(run.expert("0") / "card.json"), run.config, run.id, "0").validation.ema
+    measured = heldout.measure(run.config, run.expert("0"), run.shard("0") / "validation.safetensors", "cpu")
+    assert measured.loss == pytest.approx(card["validation"]["ema"]["loss"], rel=1e-5) and measured.ratio < 0.8
