@@ -79,12 +79,20 @@ class Autoencoder:
         """(B, C, T, H, W) -> (B, 3, F, H, W) float32, clamped to [-1, 1]."""
         self._on(latents.device)
         raw = latents.float() / self.gain.to(latents.device) + self.mean.to(latents.device)
-        rows = [self._pixels(row[None]) for row in raw]
         T, (pt, ph, pw) = latents.shape[2], self.patch
-        if not rows:
-            frames = (T - 1) * pt + 1 if self.causal else T * pt
-            return latents.new_zeros(0, 3, frames, latents.shape[3] * ph, latents.shape[4] * pw)
-        return torch.cat(rows).clamp(-1, 1)
+        frames = (T - 1) * pt + 1 if self.causal else T * pt
+        clips = latents.new_zeros(
+            len(raw), 3, frames, latents.shape[3] * ph, latents.shape[4] * pw, dtype=torch.float32
+        )
+        for row, clip in zip(raw, clips, strict=True):
+            made = self._pixels(row[None])[0]
+            if made.shape != clip.shape:
+                raise ArchipelError(
+                    f"{type(self.model).__name__} made {made.shape[1]} frames of {made.shape[2]} x {made.shape[3]} of latents of "
+                    f"{tuple(row.shape)}, instead of {frames} of {clip.shape[2]} x {clip.shape[3]}"
+                )
+            clip.copy_(made)
+        return clips.clamp_(-1, 1)
 
     def _mode(self, clip: Tensor) -> Tensor:
         """One clip (1, 3, F, H, W) -> the posterior's mode (1, C, T, H, W), before the statistics."""
