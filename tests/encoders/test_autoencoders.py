@@ -129,7 +129,7 @@ def test_still_latents_of_packaged_codecs_are_a_still_clips_first_latent_frame()
 def test_tiling_gives_nearly_the_same(name: str, made: dict[str, Path]) -> None:
     model = autoencoder_class(name).from_pretrained(str(made[name]), use_safetensors=True)
     whole = autoencoders.Autoencoder(model)
-    x = clips(name, size=32)[:1, :, :5, :, :32]
+    x = clips(name, size=32)[:1, :, :, :, :32]
     x = torch.nn.functional.interpolate(x.flatten(0, 2)[:, None], scale_factor=3, mode="bilinear")[:, 0].reshape(
         1, 3, x.shape[2], 96, 96
     )
