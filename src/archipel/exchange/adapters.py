@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,7 +12,10 @@ from archipel.backbones.base import Denoiser
 from archipel.backbones.router import FluxRouter
 from archipel.config import RunConfig
 from archipel.contracts import Codec, TextEncoder
+from archipel.encoders import autoencoders
+from archipel.encoders.autoencoders import Autoencoder
 from archipel.encoders.text import MiniLM
+from archipel.encoders.transformers_text import TransformersText
 from archipel.errors import DamagedError
 from archipel.exchange.parts import BlockCodec
 
@@ -36,7 +39,9 @@ def codec(vae: Any, config: RunConfig) -> Codec:
     """Clips <-> latents by a pipeline's ``vae``."""
     if isinstance(vae, BlockCodec):
         return _Offloaded(vae)
-    raise DamagedError(f"{type(vae).__name__} is no codec that this Archipel knows: install a newer one")
+    made = Autoencoder(vae, tiling=config.codec.tiling)
+    autoencoders.check(made, config.codec)
+    return made
 
 
 class _Offloaded:
@@ -51,10 +56,12 @@ class _Offloaded:
 
 
 def text(components: Mapping[str, Any], config: RunConfig) -> TextEncoder:
-    """The text encoder of a pipeline's components."""
-    model, tokenizer = components["text_encoder"], components["tokenizer"]
+    """The text encoder of a pipeline's components. Raises DamagedError where it is not the configuration's."""
+    pairs = [(components.get(f"text_encoder{suffix}"), components.get(f"tokenizer{suffix}")) for suffix in ("", "_2")]
+    loaded = [(model, tokenizer) for model, tokenizer in pairs if model is not None and tokenizer is not None]
+    if not loaded:
+        raise DamagedError("this pipeline was loaded without a text encoder: captions cannot be read")
     if config.text.encoder == "minilm":
+        model, tokenizer = loaded[0]
         return MiniLM(config.text.tokens, model, tokenizer.backend_tokenizer.to_str())
-    raise DamagedError(
-        f"text.encoder = {config.text.encoder!r} is not one that this Archipel knows: install a newer one"
-    )
+    return cast(TextEncoder, TransformersText.of(config.text, loaded))

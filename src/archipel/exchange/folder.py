@@ -30,7 +30,7 @@ from archipel.routing.router import CALIBRATION, read_calibration
 from archipel.run import MONOLITH, ROUTER, Run
 
 FACTS = "archipel.json"
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", sides.DIFFUSERS_WEIGHTS
 CARD = "README.md"
 _KIND = "export"
 _CALIBRATION_KEYS = ("t", "temperature", "temperature_null", "prior")
@@ -163,8 +163,8 @@ def _write_parts(
         index[target.name] = ["diffusers", store.read_json(target / CONFIG)["_class_name"]]
     _write_calibration(source, source.folder(ROUTER, there[ROUTER]), made)
     config = source.run.config
-    index["vae"] = sides.write_codec(source.codec(), made / "vae", config)
-    index |= sides.write_text(source, made, config)
+    index["vae"] = sides.write_codec(source.codec(), made / "vae")
+    index |= sides.write_text(source, made)
     index["scheduler"] = sides.write_scheduler(made / "scheduler", config)
     return index, cards
 

@@ -8,15 +8,18 @@ from typing import Any
 
 from archipel import store
 from archipel.config import RunConfig
+from archipel.encoders import outside
 from archipel.ensemble.parts import Source
-from archipel.errors import ArchipelError
+from archipel.errors import DamagedError
 
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
 Entry = list[str]
 """[library, class]: a component in model_index.json."""
 
 
-def write_codec(folder: Path, target: Path, config: RunConfig) -> Entry:
-    """The run's codec as a pipeline's ``vae``. Raises DamagedError, MissingStageError."""
+def write_codec(folder: Path, target: Path) -> Entry:
+    """The run's codec in ``folder`` as a pipeline's ``vae``. Raises DamagedError, MissingStageError."""
     from archipel.encoders.codecs import PatchPCA, Pixels, load_codec
     from archipel.exchange.parts import BlockCodec
 
@@ -24,14 +27,51 @@ def write_codec(folder: Path, target: Path, config: RunConfig) -> Entry:
     if isinstance(codec, PatchPCA | Pixels):
         BlockCodec.of(codec).save_pretrained(str(target), safe_serialization=True)
         return [BlockCodec.__module__, BlockCodec.__name__]
-    raise ArchipelError(f"codec.kind = {config.codec.kind!r} cannot be exported yet")
+    target.mkdir()
+    kind = copy_json(folder / outside.CONFIG, target / outside.CONFIG)["_class_name"]
+    shutil.copyfile(folder / outside.WEIGHTS, target / DIFFUSERS_WEIGHTS)
+    return ["diffusers", str(kind)]
 
 
-def write_text(source: Source, made: Path, config: RunConfig) -> dict[str, Entry]:
+def write_text(source: Source, made: Path) -> dict[str, Entry]:
     """The run's text encoder: ``text_encoder/``, ``tokenizer/`` (and both with _2); returns their entries."""
-    if config.text.encoder == "minilm":
-        return _minilm(made, config.text.tokens)
-    raise ArchipelError(f"text.encoder = {config.text.encoder!r} cannot be exported yet")
+    config = source.run.config.text
+    return _from_outside(source.text(), made) if config.path else _minilm(made, config.tokens)
+
+
+def _from_outside(folder: Path, made: Path) -> dict[str, Entry]:
+    """Text encoders as *prepare* took them, held to their card."""
+    from transformers import AutoTokenizer
+
+    from archipel.encoders.resolving import text_kind
+
+    problems = store.check_card(folder)
+    if problems:
+        raise DamagedError(f"{problems[0].path} {problems[0].reason}: remove {folder} and run `archipel prepare` again")
+    index: dict[str, Entry] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        (made / place.name).mkdir()
+        for path in sorted(place.iterdir()):
+            copy = copy_json if path.suffix == ".json" else shutil.copyfile
+            copy(path, made / place.name / path.name)
+        if place.name.startswith("text_encoder"):
+            kind = text_kind(store.read_json(place / outside.CONFIG), str(place))[0]
+            index[place.name] = ["transformers", _ENCODERS[kind]]
+        else:
+            load: Any = AutoTokenizer.from_pretrained
+            found = type(load(str(place), trust_remote_code=False, local_files_only=True)).__name__
+            # What transformers 5 calls it is not there in 4.
+            index[place.name] = ["transformers", "PreTrainedTokenizerFast" if found == "TokenizersBackend" else found]
+    return index
+
+
+def copy_json(source: Path, target: Path) -> Any:
+    """A JSON file without the path that it was once loaded from; returns its content."""
+    value = store.read_json(source)
+    if isinstance(value, dict):
+        value = {key: part for key, part in value.items() if key not in ("_name_or_path", "name_or_path")}
+    store.write_json(target, value)
+    return value
 
 
 def _minilm(made: Path, tokens: int) -> dict[str, Entry]:
