@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from archipel.contracts import Conditioning
 from archipel.errors import ConfigError
@@ -102,3 +103,10 @@ def test_angle_match_agrees_with_log_snr_at_the_steps_and_holds_the_ends() -> No
     for bad in (np.array([0.1, 0.5]), np.array([0.5]), np.array([1.0, 0.5]), np.array([0.5, -0.1])):
         with pytest.raises(ValueError, match="alphas_cumprod"):
             convert.angle_match(bad)
+
+
+def test_times_without_memory_are_matched_too() -> None:
+    match = convert.angle_match(np.linspace(0.99, 0.01, 100))
+    with FakeTensorMode():
+        step, sigma = match(torch.rand(3))
+    assert step.shape == sigma.shape == (3,) and isinstance(step, FakeTensor)

@@ -13,6 +13,7 @@ from tests.tiny import tiny_cond, tiny_transformer
 
 from archipel.backbones import cogvideox
 from archipel.contracts import Conditioning
+from archipel.ensemble.strategies import Mixture, one_each
 from archipel.flow import convert, ddpm
 from archipel.flow.losses import prediction_loss
 
@@ -48,9 +49,9 @@ def noise(rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, *LATENT, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "guidance"), [(kind, 1.0) for kind in KINDS] + [("5b: RoPE", 6.0)])
 @torch.no_grad()
-def test_euler_on_our_path_gives_the_latents_of_diffusers_ddim_loop(kind: str, tmp_path: Path) -> None:
+def test_euler_on_our_path_gives_the_latents_of_diffusers_ddim_loop(kind: str, guidance: float, tmp_path: Path) -> None:
     """DDIM is Euler on the linear path at the times of equal log-SNR, where a clip and its noise are mixed alike."""
     model, pipe = made(tmp_path, **KINDS[kind])
     cond, x = tiny_cond(), noise()
@@ -59,17 +60,18 @@ def test_euler_on_our_path_gives_the_latents_of_diffusers_ddim_loop(kind: str, t
         width=8 * LATENT[3],
         num_frames=4 * (LATENT[1] - 1) + 1,
         num_inference_steps=STEPS,
-        guidance_scale=1.0,
+        guidance_scale=guidance,
         latents=x.transpose(1, 2),
         prompt_embeds=cond.tokens,
+        negative_prompt_embeds=cond.null().tokens,
         output_type="latent",
     ).frames.transpose(1, 2)
     table = ddpm.alphas_cumprod(model.facts["schedule"])
     times = [*convert.table_times(table)[pipe.scheduler.timesteps.numpy()].tolist(), 0.0]
     assert times[0] == 1.0, "zero terminal SNR: the loop starts from pure noise"
-    ours = x
+    ours, velocity = x, Mixture([model], one_each([0, 0], 1), guidance)
     for now, after in itertools.pairwise(times):
-        ours = ours + (after - now) * model(ours, torch.full((2,), now), cond)
+        ours = ours + (after - now) * velocity(ours, torch.full((2,), now), cond)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
     assert (ours - x).abs().max() > 0.1, "a loop that does nothing would pass"
 

@@ -130,12 +130,15 @@ def angle_match(alphas_cumprod: np.ndarray) -> Match:
     table = np.asarray(alphas_cumprod, dtype=np.float64)
     if table.ndim != 1 or len(table) < 2 or table.min() < 0 or table.max() >= 1 or (np.diff(table) >= 0).any():
         raise ValueError("alphas_cumprod must fall strictly within [0, 1)")
-    angles, steps = np.arctan2(np.sqrt(1 - table), np.sqrt(table)), np.arange(len(table), dtype=np.float64)
+    angles = np.arctan2(np.sqrt(1 - table), np.sqrt(table))
 
     def match(t: Tensor) -> tuple[Tensor, Tensor]:
-        time = t.detach().cpu().double().numpy()
-        angle = np.arctan2(time, 1 - time)
-        return torch.from_numpy(np.interp(angle, angles, steps)).to(t), torch.from_numpy(np.sin(angle)).to(t)
+        time = t.detach().cpu().double()  # float32 is too coarse for steps of a thousandth
+        angle = torch.atan2(time, 1 - time)
+        known = torch.tensor(angles)  # made here, so that it has no memory where t has none
+        after = torch.searchsorted(known, angle).clamp(1, len(angles) - 1)
+        share = (angle - known[after - 1]) / (known[after] - known[after - 1])
+        return (after - 1 + share.clamp(0, 1)).to(t), torch.sin(angle).to(t)
 
     return match
 
