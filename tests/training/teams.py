@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401 - as the next line: imported once here, and not by every process
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel  # noqa: F401
+
 from archipel import store
 from archipel.edge import message
 from archipel.routing.stage import train_router

@@ -243,19 +243,18 @@ def test_checkpointing_and_an_average_on_the_host_change_no_bit_of_two_processes
     pair: tuple[Run, Run], ask: Ask
 ) -> None:
     switched = {"checkpointing": True, "ema": "host"}
-    for name in ("0", "router"):
-        for run, local in zip(pair, ({}, switched), strict=True):
-            assert ask(run, name, 2, local=local)["codes"] == [0, 0]
-        cards = [card_of(run, name) for run in pair]
-        assert cards[0]["sha256"] == cards[1]["sha256"] and cards[0]["validation"] == cards[1]["validation"]
-        assert cards[1]["build"] == cards[0]["build"] | switched
+    for run, local in zip(pair, ({}, switched), strict=True):
+        assert ask(run, "0", 2, local=local)["codes"] == [0, 0]
+    cards = [card_of(run) for run in pair]
+    assert cards[0]["sha256"] == cards[1]["sha256"] and cards[0]["validation"] == cards[1]["validation"]
+    assert cards[1]["build"] == cards[0]["build"] | switched
 
 
 @pytest.mark.slow
 def test_moments_of_8_bits_are_dealt_out_saved_and_resumed(
     tmp_path: Path, make_run: Callable[..., Run], ask: Ask
 ) -> None:
-    wide = {"width": 64, "rope_axes": [8, 12, 12], "steps": 40, "checkpoint_every": 20, "validate_every": 20}
+    wide = {"width": 64, "rope_axes": [8, 12, 12], "steps": 24, "checkpoint_every": 24, "validate_every": 12}
     one, other, alone = (make_run(tmp_path / name, expert=wide) for name in ("one", "other", "alone"))
     local = {"optimizer": "adamw8bit"}
     assert ask(one, "0", 2, local=local)["codes"] == [0, 0]
@@ -263,7 +262,7 @@ def test_moments_of_8_bits_are_dealt_out_saved_and_resumed(
     assert ask(other, "0", 2, local=local)["codes"] == [0, 0]
     assert card_of(other)["bitwise"] and card_of(other)["resumed"] == 1
     assert card_of(one)["sha256"] == card_of(other)["sha256"]
-    assert ask(alone, "0", 1)["codes"] == [0]
+    train(alone, "0", threads=1)
     losses = [card_of(run)["validation"]["ema"]["loss"] for run in (one, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
