@@ -32,7 +32,7 @@ from archipel.run import MONOLITH, ROUTER, Run
 FACTS = "archipel.json"
 CONFIG, WEIGHTS = "config.json", sides.DIFFUSERS_WEIGHTS
 CARD = "README.md"
-_KIND = "export"
+KINDS = ("export", "expert-export")
 _CALIBRATION_KEYS = ("t", "temperature", "temperature_null", "prior")
 
 
@@ -79,22 +79,33 @@ def export(
         index, cards = _write_parts(source, names, there, made)
         facts = _facts(run, cards, made)
         store.write_json(made / INDEX, {**index, "archipel": facts})
-        about: dict[str, Any] = {
-            "run": run.id,
-            "made_by": f"archipel {__version__}",
-            "missing": missing,
-            "licence": licence,
-        }
-        about |= {"codec": codec_sha256(source.codec()), "text": text_said(run)}
-        about |= {"source": model_card.source_of(run), "cards": {name: _public(card) for name, card in cards.items()}}
         store.write_text(made / CARD, model_card.write(run, cards, missing, licence))
-        listed = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file())
-        files: dict[str, dict[str, Any]] = {
-            name: {"sha256": store.sha256_file(made / name), "bytes": (made / name).stat().st_size} for name in listed
-        }
-        store.write_json(made / FACTS, {"format": FORMAT, "kind": _KIND, **about, "files": files})
+        files = listed(made)
+        said = {"made_by": f"archipel {__version__}", **about(source, cards, licence), "missing": missing}
+        store.write_json(made / FACTS, {"format": FORMAT, "kind": KINDS[0], **said, "files": files})
         size = sum(int(entry["bytes"]) for entry in files.values())
     return Export(folder, [name for name in names if name.isdigit()], missing, size)
+
+
+def about(source: Source, cards: Mapping[str, dict[str, Any]], licence: str) -> dict[str, Any]:
+    """What archipel.json says of an export: run, source and licence of the clips, codec, text, and the parts' cards."""
+    run = source.run
+    return {
+        "run": run.id,
+        "licence": licence,
+        "source": model_card.source_of(run),
+        "codec": codec_sha256(source.codec()),
+        "text": text_said(run),
+        "cards": {name: _public(card) for name, card in cards.items()},
+    }
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """{file: {"sha256", "bytes"}} of everything in a folder."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {
+        name: {"sha256": store.sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names
+    }
 
 
 def codec_sha256(folder: Path) -> str | None:
@@ -113,7 +124,7 @@ def text_said(run: Run) -> dict[str, Any]:
 def is_export(folder: Path) -> bool:
     """Whether a folder was written by ``archipel export`` (and so may be replaced by another)."""
     path = folder / FACTS
-    return path.is_file() and store.read_json(path).get("kind") == _KIND
+    return path.is_file() and store.read_json(path).get("kind") in KINDS
 
 
 @contextlib.contextmanager
@@ -159,7 +170,7 @@ def _write_parts(
     cards = {}
     for name in names:
         target = made / (f"expert_{name}" if name.isdigit() else name)
-        cards[name] = copy_network(source.folder(name, there[name]), target)
+        cards[name] = copy_expert(source, name, there[name], target)
         index[target.name] = ["diffusers", store.read_json(target / CONFIG)["_class_name"]]
     _write_calibration(source, source.folder(ROUTER, there[ROUTER]), made)
     config = source.run.config
@@ -167,6 +178,11 @@ def _write_parts(
     index |= sides.write_text(source, made)
     index["scheduler"] = sides.write_scheduler(made / "scheduler", config)
     return index, cards
+
+
+def copy_expert(source: Source, name: str, version: str, target: Path) -> dict[str, Any]:
+    """A trained part of a source under diffusers' names; its card."""
+    return copy_network(source.folder(name, version), target)
 
 
 def copy_network(folder: Path, target: Path) -> dict[str, Any]:

@@ -36,6 +36,30 @@ def write(run: Run, cards: Cards, missing: list[str], licence: str) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
+def write_single(run: Run, name: str, card: Mapping[str, Any], pipeline: str, notes: list[str], licence: str) -> str:
+    """The card of one expert exported alone, as a pipeline of diffusers' own."""
+    clips = run.config.clips
+    what = f"expert {name} of {run.config.partition.k}" if name.isdigit() else f"the {name}"
+    intro = (
+        f"# {run.root.name or 'Archipel'}: {what}\n\n"
+        f"A `{pipeline}` of diffusers with {what} of Archipel run `{run.id[:12]}`: one `{run.config.expert.backbone}` transformer, "
+        + ("trained on the clips of one cluster and on nothing else" if name.isdigit() else "trained on all clips")
+        + f". It knows no other. Clips: {clips.frames} frames of {clips.size}x{clips.size} at {clips.fps:g} frames per second."
+    )
+    use = "\n".join(["## Use", "", *(f"- {note[0].upper()}{note[1:]}." for note in notes)])
+    cards = {name: card}
+    parts = [
+        _head(run, licence),
+        intro,
+        use,
+        _data(run),
+        _experts(run, cards, []),
+        _isolation(cards),
+        _licences(run, cards, licence),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def _head(run: Run, licence: str) -> str:
     about = licence.strip().lower().replace(" ", "-")
     license_lines = [f"license: {about}"] if about else ["license: other", "license_name: see-the-model-card"]
