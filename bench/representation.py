@@ -27,7 +27,7 @@ import torch
 
 from archipel import cache, config, presets, store
 from archipel.backbones import flops
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.contracts import Codec, Conditioning
 from archipel.data.stage import ingest
 from archipel.encoders import codecs
@@ -215,7 +215,7 @@ def sample_table(world: World, arms: list[str], tflop: float, work: Path) -> Ite
         codec = fitted(world, settings.codec)
         step = flops.training_flops(flops.expert_forward_flops(settings), 1, settings.expert.batch)
         steps = max(1, round(tflop * 1e12 / step))
-        model = build_expert(settings, flops.latent_shape(settings), *flops.text_shape(settings), seed=0)
+        model = build_expert(settings, seed=0)
         with tempfile.TemporaryDirectory() as name:
             write_shard(world, codec, Path(name) / "shard")
             shard, dropout = open_shard(Path(name) / "shard"), settings.expert.text_dropout

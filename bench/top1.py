@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from archipel import config, presets
 from archipel.backbones import flops
-from archipel.backbones.flux import FluxDenoiser, build_expert
+from archipel.backbones.base import Denoiser
+from archipel.backbones.registry import build_expert
 from archipel.backbones.router import build_router
 from archipel.contracts import Conditioning, Velocity
 from archipel.ensemble.strategies import Mixture, Routed, one_each, top_k
@@ -56,10 +57,10 @@ class Dealt:
         return (p + 2 * nn.functional.one_hot(chosen, p.shape[1])) / 3
 
 
-def networks(settings: config.RunConfig) -> tuple[FluxDenoiser, CalibratedRouter]:
+def networks(settings: config.RunConfig) -> tuple[Denoiser, CalibratedRouter]:
     """A monolith with random weights, and a router that is calibrated with temperature 1."""
-    latent, text, k = flops.latent_shape(settings), flops.text_shape(settings), settings.partition.k
-    monolith, network = build_expert(settings, latent, *text, seed=0), build_router(settings, latent, *text, seed=1)
+    k = settings.partition.k
+    monolith, network = build_expert(settings, seed=0), build_router(settings, seed=1)
     shake(monolith, 2)
     shake(network, 3)
     flat = Calibration(np.ones((2, 8)), np.linspace(0, 1, 8), np.full(k, 1 / k))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from archipel import config, store
 from archipel.backbones import flops
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.errors import Stopped
 from archipel.progress import StopFlag
 from archipel.training.batches import Batch, open_shard
@@ -133,7 +133,7 @@ def run(small: bool = False) -> dict[str, Any]:
     steps, batch = (8, 80)[not small], (4, config.RunConfig().expert.batch)[not small]
     settings = config.build({"expert": {"batch": batch, "steps": 1000, "warmup": 20}})
     latent = flops.latent_shape(settings)
-    model = build_expert(settings, latent, *flops.text_shape(settings), seed=0)
+    model = build_expert(settings, seed=0)
     plan = Settings.of(settings.expert)
     ids = torch.tensor([[t, h, w] for t in range(latent[1]) for h in range(latent[2]) for w in range(latent[3])])
     with tempfile.TemporaryDirectory() as name, common.Benchmark("training_step", WHAT, ("torch", "diffusers")) as b:

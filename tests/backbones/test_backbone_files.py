@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from archipel import config, store
-from archipel.backbones import base, flops, flux, router
+from archipel.backbones import base, registry, router
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError, MissingStageError
 
@@ -25,9 +25,9 @@ SMALL = {
 }
 
 
-def build(over: dict | None = None, seed: int = 0) -> flux.FluxDenoiser:
+def build(over: dict | None = None, seed: int = 0) -> base.Denoiser:
     small = config.build(config.merge(SMALL, over or {}))
-    return flux.build_expert(small, flops.latent_shape(small), *flops.text_shape(small), seed=seed)
+    return registry.build_expert(small, seed=seed)
 
 
 def inputs(model: base.Backbone, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
@@ -46,7 +46,7 @@ def test_a_fresh_expert_answers_zero_and_a_fresh_router_is_undecided() -> None:
     model = build()
     assert not model.predict(*inputs(model)).any()
     small = config.build(SMALL)
-    fresh = router.build_router(small, flops.latent_shape(small), *flops.text_shape(small), seed=0)
+    fresh = router.build_router(small, seed=0)
     logits = fresh(*inputs(fresh))
     assert logits.shape == (2, 3) and not logits.any()
 
@@ -82,7 +82,7 @@ def test_an_x0_expert_speaks_velocity() -> None:
 @torch.no_grad()
 def test_the_router_reads_latents_time_and_pooled_text_but_no_tokens() -> None:
     small = config.build(SMALL)
-    model = router.build_router(small, flops.latent_shape(small), *flops.text_shape(small), seed=0)
+    model = router.build_router(small, seed=0)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.copy_(0.2 * torch.randn(p.shape, generator=generator))
@@ -102,7 +102,7 @@ def test_flops_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def saved(folder: Path) -> flux.FluxDenoiser:
+def saved(folder: Path) -> base.Denoiser:
     model = build()
     store.write_card(folder, "expert", "run", base.save(model, folder), network=model.facts)
     return model
@@ -110,7 +110,7 @@ def saved(folder: Path) -> flux.FluxDenoiser:
 
 def test_an_untrained_folder_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(MissingStageError, match="archipel train"):
-        flux.load_denoiser(tmp_path / "0")
+        registry.load_denoiser(tmp_path / "0")
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     data[-100] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(DamagedError, match=r"model\.safetensors is damaged"):
-        flux.load_denoiser(tmp_path)
+        registry.load_denoiser(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_configuration_that_does_not_fit_its_weights_is_refused(tmp_path: Path
     store.write_json(tmp_path / "config.json", {**store.read_json(tmp_path / "config.json"), **change})
     store.write_card(tmp_path, "expert", "run", ["config.json", "model.safetensors"], network=model.facts)
     with pytest.raises(DamagedError, match=r"config\.json"):
-        flux.load_denoiser(tmp_path)
+        registry.load_denoiser(tmp_path)
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     store.write_tensors(tmp_path / "model.safetensors", tensors)
     store.write_card(tmp_path, "expert", "run", ["config.json", "model.safetensors"], network=model.facts)
     with pytest.raises(DamagedError, match=r"proj_out\.bias"):
-        flux.load_denoiser(tmp_path)
+        registry.load_denoiser(tmp_path)
 
 
 def test_a_router_is_not_taken_for_an_expert(tmp_path: Path) -> None:

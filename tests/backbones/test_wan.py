@@ -148,7 +148,7 @@ def test_given_frames_enter_by_columns_that_start_at_zero(name: str) -> None:
 @torch.no_grad()
 def test_a_router_packs_tokens_and_reads_given_frames() -> None:
     config = settings("wan", router={"reads_image": True}, tasks=[1, 1, 0, 0])
-    router = build_router(config, flops.latent_shape(config), *flops.text_shape(config), seed=0)
+    router = build_router(config, seed=0)
     x, t, cond = inputs()
     assert router.facts["patch"] == 2 and router.facts["image"] is True and not router(x, t, cond).any()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

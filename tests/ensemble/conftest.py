@@ -14,7 +14,7 @@ import torch
 from archipel import cache, store
 from archipel import config as configuration
 from archipel.backbones import base, flops
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.backbones.router import build_router
 from archipel.encoders.codecs import Pixels, from_uint8, still_latents
 from archipel.manifest import Clip, write_manifest
@@ -46,10 +46,10 @@ def shake(network: torch.nn.Module, seed: int) -> None:
 
 def train(run: Run, name: str, seed: int) -> None:
     folder = run.expert(name)
-    make = build_router if name == ROUTER else build_expert
-    more = {"clusters": flops.cluster_width(run.config)} if name == MONOLITH else {}
-    latent = flops.latent_shape(run.config)
-    network: base.Backbone = make(run.config, latent, TOKENS, WIDTH, WIDTH, seed, **more)  # type: ignore[assignment]
+    clusters = flops.cluster_width(run.config) if name == MONOLITH else 0
+    network: base.Backbone = build_expert(run.config, seed=seed, clusters=clusters)
+    if name == ROUTER:
+        network = build_router(run.config, seed=seed)
     shake(network, seed)
     files = base.save(network, folder)
     store.write_card(folder, "expert", run.id, files, network=network.facts)

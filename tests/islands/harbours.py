@@ -18,7 +18,7 @@ import torch
 from archipel import config as configuration
 from archipel import store
 from archipel.backbones import base
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.backbones.router import build_router
 from archipel.contracts import Conditioning
 from archipel.encoders.codecs import Pixels
@@ -61,7 +61,7 @@ def train(run: Run, name: str, seed: int) -> None:
     """A result as `train` leaves it: weights, configuration, metrics and the card."""
     folder = run.expert(name)
     make = build_router if name == ROUTER else build_expert
-    network: base.Backbone = make(run.config, LATENT, TOKENS, WIDTH, WIDTH, seed)  # type: ignore[assignment]
+    network: base.Backbone = make(run.config, seed=seed)
     g = torch.Generator().manual_seed(seed)
     for p in network.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=g)

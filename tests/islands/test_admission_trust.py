@@ -315,7 +315,7 @@ def test_what_is_wanted_is_what_we_build(preset: str, over: dict[str, Any]) -> N
     from archipel import config as configuration
     from archipel import presets
     from archipel.backbones import base, flops
-    from archipel.backbones.flux import build_expert
+    from archipel.backbones.registry import build_expert
     from archipel.backbones.router import build_router
     from archipel.islands.network import wanted_config, wanted_facts, wanted_tensors
 
@@ -328,7 +328,7 @@ def test_what_is_wanted_is_what_we_build(preset: str, over: dict[str, Any]) -> N
     for name, build in builders:
         with torch.device("meta"):
             more = {"clusters": flops.cluster_width(config)} if name == "monolith" else {}
-            network = build(config, flops.latent_shape(config), *flops.text_shape(config), seed=0, **more)
+            network = build(config, seed=0, **more)
         shapes = {key: tuple(value.shape) for key, value in network.network.state_dict().items()}
         assert wanted_tensors(config, name) == shapes
         found = base.diffusers_config(network.network)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from archipel import config, store
-from archipel.backbones import base, flops, flux, router
+from archipel.backbones import base, flops, registry, router
 from archipel.contracts import Conditioning
 
 SMALL = {
@@ -46,8 +46,8 @@ def conditioning(rows: int, tokens: int, real: list[int], seed: int = 2) -> Cond
     )
 
 
-def expert(small: config.RunConfig, seed: int = 0) -> flux.FluxDenoiser:
-    return flux.build_expert(small, flops.latent_shape(small), *flops.text_shape(small), seed=seed)
+def expert(small: config.RunConfig, seed: int = 0) -> base.Denoiser:
+    return registry.build_expert(small, seed=seed)
 
 
 def noisy(small: config.RunConfig, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +116,8 @@ def test_time_and_place_reach_the_network(small: config.RunConfig) -> None:
 
 @pytest.mark.parametrize("kind", ["expert", "router"])
 def test_saved_files_open_with_diffusers_and_safetensors_alone(small: config.RunConfig, kind: str, tmp_path) -> None:
-    shapes = (flops.latent_shape(small), *flops.text_shape(small))
-    build = flux.build_expert if kind == "expert" else router.build_router
-    model = awake(build(small, *shapes, seed=0))
+    build = registry.build_expert if kind == "expert" else router.build_router
+    model = awake(build(small, seed=0))
     names = base.save(model, tmp_path)
     read = json.loads((tmp_path / "config.json").read_text())
     assert read["_class_name"] == "FluxTransformer2DModel"
@@ -126,7 +125,7 @@ def test_saved_files_open_with_diffusers_and_safetensors_alone(small: config.Run
     theirs.load_state_dict(load_file(tmp_path / "model.safetensors"))
     (x, t), cond = noisy(small, 2), conditioning(2, 6, [6, 2])
     store.write_card(tmp_path, "expert", "run", names, network=model.facts)
-    load = flux.load_denoiser if kind == "expert" else router.load_router_network
+    load = registry.load_denoiser if kind == "expert" else router.load_router_network
     again = load(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(x, t, cond), model(x, t, cond), rtol=0, atol=0)
@@ -138,13 +137,12 @@ def test_saved_files_open_with_diffusers_and_safetensors_alone(small: config.Run
 def test_closed_form_flops_are_those_that_torch_counts(width: int) -> None:
     values = config.merge(SMALL, {"expert": {"width": width, "rope_axes": [width // 4, width // 8, width // 8]}})
     small = config.build(values)
-    shapes = (flops.latent_shape(small), *flops.text_shape(small))
     (x, t), cond = noisy(small, 2), conditioning(2, 6, [6, 2])
     for build, closed in (
-        (flux.build_expert, flops.expert_forward_flops(small)),
+        (registry.build_expert, flops.expert_forward_flops(small)),
         (router.build_router, flops.router_forward_flops(small)),
     ):
-        model = build(small, *shapes, seed=0)
+        model = build(small, seed=0)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             output = model(x, t, cond)
         assert counter.get_total_flops() / 2 == pytest.approx(closed, rel=0.01)
@@ -156,7 +154,7 @@ def test_closed_form_flops_are_those_that_torch_counts(width: int) -> None:
 
 def test_training_flops_of_the_default_expert_are_three_forwards_within_one_percent() -> None:
     default = config.RunConfig()
-    model = flux.build_expert(default, flops.latent_shape(default), *flops.text_shape(default), seed=0)
+    model = registry.build_expert(default, seed=0)
     x, cond = torch.randn(1, *flops.latent_shape(default)), conditioning(1, default.text.tokens, [3])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, torch.tensor([0.5]), cond).sum().backward()

@@ -107,7 +107,7 @@ def test_the_network_reads_given_frames_only_where_it_should(tmp_path: Path) -> 
     for reads in (False, True):
         config = build({**sections, "router": {**small, "blocks": 1, "reads_image": reads}})
         run = runs[reads] = Run.create(tmp_path / str(reads), config)
-        network = build_router(run.config, shape, 5, 384, 384, 0)
+        network = build_router(run.config, seed=0)
         for p in network.parameters():
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 
 from archipel import config, presets
 from archipel.backbones import flops
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.config import RunConfig
 from archipel.errors import ArchipelError
 from archipel.run import MONOLITH
@@ -36,7 +36,7 @@ def training_flops(made: RunConfig, jobs: list[str]) -> float:
 
 
 def test_parameters_in_closed_form_are_the_networks(small: RunConfig) -> None:
-    network = build_expert(small, flops.latent_shape(small), *flops.text_shape(small), seed=0)
+    network = build_expert(small, seed=0)
     assert flops.expert_parameters(small) == sum(p.numel() for p in network.parameters())
 
 

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archipel import config, store
 from archipel.backbones import flops
-from archipel.backbones.flux import FluxDenoiser, add_cluster, build_expert, load_denoiser, with_cluster
+from archipel.backbones.base import Denoiser
+from archipel.backbones.cluster import add_cluster, with_cluster
+from archipel.backbones.registry import build_expert, load_denoiser
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError
 from archipel.run import MONOLITH, Run
@@ -24,9 +26,8 @@ from archipel.training.stage import train
 TOLD = {"condition": "cluster"}
 
 
-def build(run: Run, *, clusters: int, shaken: bool = True) -> FluxDenoiser:
-    shapes = (flops.latent_shape(run.config), *flops.text_shape(run.config))
-    model = build_expert(run.config, *shapes, seed=0, clusters=clusters)
+def build(run: Run, *, clusters: int, shaken: bool = True) -> Denoiser:
+    model = build_expert(run.config, seed=0, clusters=clusters)
     if shaken:  # a network that has learned something: fresh ones answer zero
         g = torch.Generator().manual_seed(1)
         for p in model.parameters():

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from archipel import store
-from archipel.backbones.flux import load_denoiser
+from archipel.backbones.registry import load_denoiser
 from archipel.errors import ArchipelError, LockedError, MissingStageError, Stopped
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, Run

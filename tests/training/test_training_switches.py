@@ -238,9 +238,9 @@ class Shaken:
     def __init__(self, blocks: int) -> None:
         sizes = {"width": 16, "heads": 1, "rope_axes": [4, 6, 6], "blocks": blocks}
         settings = config.build({"clips": {"size": 8, "frames": 4}, "codec": {"patch": [2, 4, 4]}, "router": sizes})
-        shape, (L, D, P) = latent_shape(settings), text_shape(settings)
+        shape, (_, D, P) = latent_shape(settings), text_shape(settings)
         torch.manual_seed(0)
-        self.model, self.size = build_router(settings, shape, L, D, P, seed=0), 3
+        self.model, self.size = build_router(settings, seed=0), 3
         for p in self.model.parameters():
             nn.init.normal_(p, std=0.1)
         self.x = torch.randn(3, *shape)

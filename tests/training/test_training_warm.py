@@ -11,7 +11,7 @@ import torch
 
 from archipel import config, pipeline, store
 from archipel.backbones import flops
-from archipel.backbones.flux import load_denoiser
+from archipel.backbones.registry import load_denoiser
 from archipel.errors import ArchipelError, ConfigError, DamagedError, MissingStageError
 from archipel.partition.shards import INIT
 from archipel.run import MONOLITH, TRUNK, Run

@@ -71,7 +71,7 @@ class Denoiser(Backbone, ABC):
     ZEROED: ClassVar[str] = r"proj_out\.|.*norm.*\.linear\."
 
     prediction: str  # what ``predict`` returns
-    clusters: int  # K where ``cond.pooled`` has the clip's cluster behind the text (see ``flux.add_cluster``)
+    clusters: int  # K where ``cond.pooled`` has the clip's cluster behind the text (see ``cluster.add_cluster``)
     image: bool  # whether the network reads given frames behind the latents
     mask_text: bool  # whether padding of the text is masked
 

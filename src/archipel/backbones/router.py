@@ -68,26 +68,13 @@ class FluxRouter(base.Backbone):
         return logits
 
 
-def build_router(
-    config: RunConfig,
-    latent_shape: tuple[int, int, int, int],
-    text_tokens: int,
-    text_width: int,
-    pooled_width: int,
-    seed: int,
-) -> FluxRouter:
-    """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform.
-
-    Raises ValueError where the shapes are not those of the configuration.
-    """
-    asked, facts = [list(latent_shape), [text_tokens, text_width, pooled_width]], networks.router_facts(config)
-    if asked != [facts["latent_shape"], facts["text_shape"]]:
-        raise ValueError(f"latents and text {asked} are not those of the configuration, {facts}")
+def build_router(config: RunConfig, *, seed: int) -> FluxRouter:
+    """A fresh router on the CPU: a function of the configuration and ``seed``; its posterior is uniform."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU one only
         network = registry.build_network(networks.router_network(config))
         base.zero_start(network)
-    return FluxRouter(network, facts)
+    return FluxRouter(network, networks.router_facts(config))
 
 
 def load_router_network(folder: Path) -> FluxRouter:

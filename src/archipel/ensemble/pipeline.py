@@ -289,7 +289,7 @@ class Archipelago:
         if kind == MONOLITH and self.config.monolith.condition == "cluster":
             if lineup.router:  # as whoever has a caption only: one cluster per clip, as ``ancestral`` draws it
                 clusters = strategies.draw(strategies.text_posterior(lineup.router, cond, shape), seeds).tolist()
-            from archipel.backbones.flux import with_cluster
+            from archipel.backbones.cluster import with_cluster
 
             experts = [with_cluster(experts[0], torch.tensor(list(clusters or [])), self.config.partition.k)]
             weighting = strategies.one_each([0] * len(seeds), k)

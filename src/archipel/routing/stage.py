@@ -73,7 +73,7 @@ def train_router(
                 f"those of run.toml, {latent} and {text}: run `archipel prepare` and `archipel partition` again"
             )
         return RouterObjective(
-            build_router(config, latent, *text, seed=config.run.seed),
+            build_router(config, seed=config.run.seed),
             shard,
             config.partition.k,
             seed=config.run.seed,

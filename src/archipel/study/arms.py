@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from archipel.backbones.flux import with_cluster
+from archipel.backbones.cluster import with_cluster
 from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble import strategies
 from archipel.ensemble.pipeline import Archipelago, Parts, Settings

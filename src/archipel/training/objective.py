@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archipel.backbones.base import Denoiser
-from archipel.backbones.flux import add_cluster
+from archipel.backbones.cluster import add_cluster
 from archipel.flow import given
 from archipel.flow.losses import prediction_loss
 from archipel.flow.time import validation_times

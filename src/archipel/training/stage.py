@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from archipel.backbones import flops, spending
-from archipel.backbones.flux import build_expert
+from archipel.backbones.registry import build_expert
 from archipel.errors import ArchipelError
 from archipel.progress import StopFlag
 from archipel.run import MONOLITH, ROUTER, TRUNK, Run
@@ -80,7 +80,7 @@ def train(
         if job.base:
             network = bases.begin(config, run.base, config.run.seed, clusters=clusters)
         else:
-            network = build_expert(config, latent, *text, seed=config.run.seed, clusters=clusters)
+            network = build_expert(config, seed=config.run.seed, clusters=clusters)
         if job.warm:
             load_start(network, shard)
         return FlowObjective(
