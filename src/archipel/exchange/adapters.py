@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from archipel.backbones import registry
 from archipel.backbones.base import Denoiser
@@ -35,24 +35,36 @@ def router(network: nn.Module, facts: dict[str, Any]) -> FluxRouter:
     return FluxRouter(network, facts).eval()
 
 
-def codec(vae: Any, config: RunConfig) -> Codec:
-    """Clips <-> latents by a pipeline's ``vae``."""
+def codec(vae: Any, config: RunConfig, device: str) -> Codec:
+    """Clips <-> latents by a pipeline's ``vae`` on ``device``. Raises ArchipelError where it is not the configuration's."""
     if isinstance(vae, BlockCodec):
-        return _Offloaded(vae)
+        found = vae.codec
+        return _Placed(found, vae, device)
     made = Autoencoder(vae, tiling=config.codec.tiling)
     autoencoders.check(made, config.codec)
-    return made
+    return _Placed(made, made, device)
 
 
-class _Offloaded:
-    """A ``BlockCodec`` as a ``Codec``; its own methods bring it to where it computes."""
+class _Placed:
+    """A codec that computes on a device, wherever its clips and latents are: a model that takes turns on a GPU is on the CPU
+    before it is called. ``about`` knows the shapes, ``model`` computes."""
 
-    def __init__(self, model: BlockCodec) -> None:
-        self.model, self.name = model, str(model.codec.name)
-        self.encode, self.decode = model.encode, model.decode
+    def __init__(self, about: Any, model: Any, device: str) -> None:
+        self._about, self._model, self._device = about, model, device
+        self.name, self.patch = str(about.name), tuple(about.patch)
+        self.causal = bool(getattr(about, "causal", False))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.model.codec.latent_shape(frames, height, width)
+        C, T, H, W = self._about.latent_shape(frames, height, width)
+        return C, T, H, W
+
+    def encode(self, clips: Tensor) -> Tensor:
+        latents: Tensor = self._model.encode(clips.to(self._device))
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        clips: Tensor = self._model.decode(latents.to(self._device))
+        return clips
 
 
 def text(components: Mapping[str, Any], config: RunConfig) -> TextEncoder:

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from archipel import __version__, store
-from archipel.backbones import flops, networks
+from archipel.backbones import networks, spending
 from archipel.encoders import outside
 from archipel.errors import ArchipelError, ConfigError, DamagedError
+from archipel.exchange.adapted import LORA
 from archipel.exchange.folder import FACTS, codec_sha256, text_said
 from archipel.exchange.opened import INDEX, PIPELINE
 from archipel.islands import strict
 from archipel.islands import trust as trusting
-from archipel.islands.network import wanted_tensors
+from archipel.islands.network import wanted_facts, wanted_tensors
 from archipel.islands.strict import Refusal, shown
 from archipel.islands.trust import Trust
 from archipel.run import Run
@@ -106,13 +107,20 @@ class _Import:
     def __init__(self, run: Run, name: str, folder: Path, made: Path, trust: Trust) -> None:
         self.run, self.name, self.folder, self.made, self.trust = run, name, folder, made, trust
         self.notes: list[str] = []
+        self.adapted = run.config.expert.lora_rank > 0
+        card = store.read_card(run.base, "base") if self.adapted else None
+        if self.adapted and card is None:
+            raise ArchipelError(
+                f"{run.base} is not there: `archipel prepare` or `archipel train RUN trunk` makes it first"
+            )
+        self.base: str | None = None if card is None else str(card["sha256"])
 
     def all(self, licence: str) -> Brought:
         said = read_said(self.folder)
         self._fits(said)
         self._weights()
         self._strict()
-        facts = networks.expert_facts(self.run.config)
+        facts = wanted_facts(self.run.config, self.name, self.base)
         sha256 = store.sha256_file(self.made / WEIGHTS)
         about = {
             "license": licence or said.licence or "not stated",
@@ -131,9 +139,11 @@ class _Import:
 
     def _fits(self, said: _Said) -> None:
         """Latents, text and prediction as the folder states them against the run's. Raises Refusal naming both."""
-        wanted = networks.expert_facts(self.run.config)
+        wanted = wanted_facts(self.run.config, self.name, self.base)
+        if said.network is None and self.adapted:
+            raise Refusal("config", f"nothing in {self.folder} says which base its adapter is one of")
         if said.network is not None:
-            for key in sorted({*wanted, *said.network} - {"role", "lora"}):
+            for key in sorted({*wanted, *said.network} - {"role"}):
                 if said.network.get(key) != wanted.get(key):
                     raise Refusal(
                         "config",
@@ -156,9 +166,6 @@ class _Import:
 
     def _weights(self) -> None:
         """The network's configuration and float32 weights in ``made``, under our names. Raises Refusal, ArchipelError."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from archipel.backbones import registry
 
         what = "import"
@@ -169,17 +176,21 @@ class _Import:
                 "config",
                 f"{place.folder} holds a {shown(found.get('_class_name'))}, expert {self.name} of this run is a {wanted['_class_name']}",
             )
-        files = outside.weight_files(place, what)
+        path = place.folder / LORA
+        whole = outside.weight_files(place, what) if not path.is_file() else []
+        if whole and self.adapted and place.folder.name == "transformer":
+            raise Refusal("config", f"{place.folder} is a whole network, and experts of this run are adapters")
+        if not whole and not self.adapted:
+            raise Refusal("config", f"{place.folder} is an adapter, and experts of this run are whole networks")
+        files = whole or [path]
         if (size := sum(path.stat().st_size for path in files)) > self.trust.bounds.weights:
             raise Refusal(
                 "size", f"{place.folder} has {size} bytes of weights, at most {self.trust.bounds.weights} are read"
             )
-        try:
-            tensors = {key: value.float() for path in files for key, value in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise DamagedError(f"the weights in {place.folder} cannot be read ({error})") from error
-        settled, tensors = registry.adapter(wanted["_class_name"]).settle(found, tensors)
-        self._same(settled, wanted)
+        tensors = _load(files)
+        if not self.adapted:
+            found, tensors = registry.adapter(wanted["_class_name"]).settle(found, tensors)
+        self._same(found, wanted)
         arrays = {key: np.ascontiguousarray(value.numpy()) for key, value in tensors.items()}
         store.write_tensors(self.made / WEIGHTS, arrays, metadata={"format": "pt"})
         import diffusers
@@ -224,7 +235,7 @@ class _Import:
             sha256=sha256,
             parameters=sum(int(np.prod(shape)) for shape in wanted_tensors(self.run.config, self.name).values()),
             **{key: said.card.get(key) for key in names},
-            forward_flops=flops.expert_forward_flops(self.run.config),
+            forward_flops=spending.forward_flops(self.run.config, self.name),
             validation={"raw": None, "ema": None},
             best=None,
             imported=dict(about),
@@ -238,7 +249,7 @@ class _Import:
             return None
         from archipel.training import heldout
 
-        found = heldout.measure(self.run.config, self.made, path)
+        found = heldout.measure(self.run.config, self.made, path, base=self.run.base if self.adapted else None)
         if not found.clips:
             self.notes.append("its loss was not measured: the cluster has no validation clips")
             return None
@@ -288,6 +299,17 @@ def read_said(folder: Path) -> _Said:
         codec = codec_sha256(folder.parent.parent / "codec")
         return _Said(_mapping(own.get("network")), codec, None, own, str(own["run"]), str(own.get("name", "")))
     return _Said()
+
+
+def _load(files: list[Path]) -> dict[str, Any]:
+    """Float32 tensors of safetensors files. Raises DamagedError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {key: value.float() for path in files for key, value in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"the weights in {files[0].parent} cannot be read ({error})") from error
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

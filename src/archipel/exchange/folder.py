@@ -3,6 +3,7 @@
     model_index.json                        components by class; "archipel": configuration, shapes, calibration
     expert_0/ .. expert_K-1/ monolith/      config.json, diffusion_pytorch_model.safetensors: diffusers' classes and names
     router/                                 the same, and calibration.json
+    transformer/                            where experts are adapters: their base (see ``adapted``)
     vae/ text_encoder/ tokenizer/ (_2)      codec and text encoder
     scheduler/                              FlowMatchEulerDiscreteScheduler with the run's shift
     archipel.json  README.md                what everything is (sha256 of every file), and the model card
@@ -24,6 +25,7 @@ from archipel import FORMAT, __version__, store
 from archipel.config import RunConfig
 from archipel.ensemble.parts import Source, open_source
 from archipel.errors import ArchipelError, DamagedError, MissingStageError
+from archipel.exchange import adapted as adapters
 from archipel.exchange import model_card, sides
 from archipel.exchange.opened import INDEX, PIPELINE
 from archipel.routing.router import CALIBRATION, read_calibration
@@ -167,22 +169,24 @@ def _write_parts(
     import diffusers
 
     index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
-    cards = {}
+    cards: dict[str, dict[str, Any]] = {}
+    adapted = source.run.config.expert.lora_rank > 0
     for name in names:
-        target = made / (f"expert_{name}" if name.isdigit() else name)
-        cards[name] = copy_expert(source, name, there[name], target)
+        target, folder = made / (f"expert_{name}" if name.isdigit() else name), source.folder(name, there[name])
+        if adapted and name != ROUTER:
+            cards[name] = adapters.write_adapter(folder, target)
+            continue
+        cards[name] = copy_network(folder, target)
         index[target.name] = ["diffusers", store.read_json(target / CONFIG)["_class_name"]]
+    if adapted:
+        adapters.write_base(source, made / adapters.BASE)
+        index[adapters.BASE] = ["diffusers", store.read_json(made / adapters.BASE / CONFIG)["_class_name"]]
     _write_calibration(source, source.folder(ROUTER, there[ROUTER]), made)
     config = source.run.config
     index["vae"] = sides.write_codec(source.codec(), made / "vae")
     index |= sides.write_text(source, made)
     index["scheduler"] = sides.write_scheduler(made / "scheduler", config)
     return index, cards
-
-
-def copy_expert(source: Source, name: str, version: str, target: Path) -> dict[str, Any]:
-    """A trained part of a source under diffusers' names; its card."""
-    return copy_network(source.folder(name, version), target)
 
 
 def copy_network(folder: Path, target: Path) -> dict[str, Any]:

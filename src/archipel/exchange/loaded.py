@@ -68,16 +68,27 @@ class LoadedParts(Parts):
     """Codec, text encoder, router and experts of a pipeline's components.
 
     ``facts``: the entry "archipel" of model_index.json (see ``folder``); ``components``: {"vae", "text_encoder", "tokenizer",
-    "expert_0", ..., "router", ...}; ``turn(name)`` is called before the component ``name`` is.
+    "expert_0", ..., "router", ...}; ``turn(name)`` is called before the component ``name`` is; ``adapters``: experts (and the
+    monolith) that are adapters over the component "transformer".
     Raises DamagedError where facts and components do not fit each other.
     """
 
     def __init__(
-        self, facts: Facts, config: RunConfig, components: Mapping[str, Any], turn: Callable[[str], None], device: str
+        self,
+        facts: Facts,
+        config: RunConfig,
+        components: Mapping[str, Any],
+        turn: Callable[[str], None],
+        device: str,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
         self._facts, self._config, self._components, self._turn = facts, config, dict(components), turn
-        names = [*facts.get("experts", {}), *(name for name in ("monolith", ROUTER) if components.get(name))]
+        self._adapters = dict(adapters or {})
+        names = [*facts.get("experts", {}), *(name for name in ("monolith", ROUTER) if self._has(name))]
         super().__init__(cast(Any, Nowhere("the exported folder", names)), device)
+
+    def _has(self, name: str) -> bool:
+        return name in self._adapters or self._components.get(name) is not None
 
     @property
     def config(self) -> RunConfig:
@@ -85,7 +96,7 @@ class LoadedParts(Parts):
 
     @property
     def codec(self) -> Codec:
-        return adapters.codec(self._components["vae"], self.config)
+        return adapters.codec(self._components["vae"], self.config, self.device)
 
     @property
     def text(self) -> TextEncoder:
@@ -113,6 +124,9 @@ class LoadedParts(Parts):
 
     def denoiser(self, name: str) -> Velocity:
         self.check([name])
+        if name in self._adapters:
+            network = self._components["transformer"]
+            return cast(Velocity, Called(network, self._adapters[name], lambda: self._turn("transformer")))
         facts = self._facts["experts"][name] if name.isdigit() else self._facts[name]
         key = f"expert_{name}" if name.isdigit() else name
         network = self._components[key]

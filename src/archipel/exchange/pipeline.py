@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,18 +21,22 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from archipel import FORMAT
 from archipel import config as configuration
 from archipel.contracts import Conditioning
 from archipel.ensemble import strategies
+from archipel.ensemble.images import check_given, read_frames
 from archipel.ensemble.pipeline import Archipelago, Settings
 from archipel.ensemble.settings import check_prompts, check_seeds
 from archipel.errors import ArchipelError
-from archipel.exchange import opened
+from archipel.exchange import adapted, opened
 from archipel.exchange.loaded import LoadedParts
 from archipel.flow import draws
+
+if TYPE_CHECKING:
+    from archipel.ensemble.images import Pictures
 
 OPTIONAL = ("text_encoder_2", "tokenizer_2", "router", "transformer", "monolith")
 REQUIRED = ("scheduler", "vae", "text_encoder", "tokenizer")
@@ -111,6 +115,7 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         self.register_to_config(archipel=dict(facts))
         self.settings = configuration.build(facts["config"], "the export's configuration")
         self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=1)
+        self._adapters: adapted.Adapters | None = None
         self._num_timesteps, self._guidance_scale, self._interrupt = 0, self.settings.sample.guidance, False
 
     # --- loading and saving ---------------------------------------------------------------------------------------
@@ -125,13 +130,32 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         """
         folder, names = opened.open_export(pretrained_model_name_or_path, kwargs)
         load: Any = super(ArchipelPipeline, _class(names)).from_pretrained
-        return cast(ArchipelPipeline, load(str(folder), use_safetensors=True, **kwargs))
+        made = cast(ArchipelPipeline, load(str(folder), use_safetensors=True, **kwargs))
+        facts = made.config["archipel"]
+        if adapted.is_adapted(facts):
+            made._adapters = adapted.Adapters(made.transformer, facts, folder)
+        return made
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As ``DiffusionPipeline.save_pretrained``; adapters go into folders of their own, beside the base alone."""
+        if self._adapters is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        network: Any = self.components["transformer"]
+        self.transformer = adapted.without(network)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.transformer = network
+        self._adapters.save(Path(save_directory))
 
     # --- what diffusers' callers look at --------------------------------------------------------------------------
 
     @property
-    def experts(self) -> dict[str, nn.Module]:
-        """{"0": network, ...}: the experts that are here."""
+    def experts(self) -> dict[str, Any]:
+        """{"0": network, ...}: the experts that are here; those that are adapters as what ``backbones.lora`` makes of them."""
+        if self._adapters is not None:
+            return {name: one for name, one in self._adapters.velocities.items() if name.isdigit()}
         return {name[len("expert_") :]: part for name, part in self.components.items() if _EXPERT.fullmatch(name)}
 
     @property
@@ -169,6 +193,8 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         composition: str | None = None,
         threshold: float | None = None,
         clusters: Sequence[int] | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -178,12 +204,14 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
 
         The noise is ``latents`` (B, C, T, H, W), or that of ``seeds`` (the clips of ``archipel generate --seed``), or drawn
         with ``generator`` (one, or one per clip). ``negative_prompt`` replaces the null text. ``strategy``, ``composition``,
-        ``threshold``, ``clusters``: see ``Archipelago.generate``.
+        ``threshold``, ``clusters``, and the pictures ``image`` and ``last_image`` that clips begin and end with: see
+        ``Archipelago.generate``.
         output_type: "np" float32 (B, F, H, W, 3) in [0, 1], "pt" (B, F, 3, H, W), "pil" lists of images, or "latent".
         callback_on_step_end(pipe, i, t, {"latents": ...}) may return {"latents": others}.
         Raises ArchipelError naming what cannot be used.
         """
         prompts = [one for one in _texts(prompt) for _ in range(num_videos_per_prompt)]
+        check_given(self.settings, image is not None, last_image is not None)
         self._check(prompts, output_type, callback_on_step_end_tensor_inputs, num_videos_per_prompt)
         given = {"strategy": strategy, "guidance": guidance_scale, "steps": num_inference_steps}
         settings = Settings.of(self.settings, **given, composition=composition, threshold=threshold)
@@ -195,17 +223,20 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         shape = parts.latent_shape()
         latents, numbers = self._start(shape, prompts, generator, seeds, latents, device)
         cond, cut = self._encode(archipelago, prompts, negative_prompt, num_videos_per_prompt)
+        pictures = (_each(one, num_videos_per_prompt) for one in (image, last_image))
+        frames = [read_frames(one, len(prompts), self.settings.clips, "image") for one in pictures]
+        cond = cond.given(archipelago.given(len(prompts), *frames))
         trace = strategies.Trace()
         velocity = archipelago.velocity(settings, lineup, cond.to(device), shape, numbers, clusters, trace)
         latents = self._denoise(
             latents, settings.steps, velocity, cond.to(device), callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        frames: Any = latents if output_type == "latent" else self._frames(parts, latents, output_type)
+        made: Any = latents if output_type == "latent" else self._frames(parts, latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (frames,)
+            return (made,)
         weights = None if lineup.kind == "monolith" else torch.stack(trace.weights, 1).numpy()
-        return ArchipelPipelineOutput(frames, weights, (*lineup.warnings, *cut))
+        return ArchipelPipelineOutput(made, weights, (*lineup.warnings, *cut))
 
     def _check(self, prompts: list[str], output_type: str, names: Sequence[str], each: int) -> None:
         if each < 1:
@@ -308,12 +339,14 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
 
     def _parts(self) -> LoadedParts:
         device = str(self._execution_device)
-        return LoadedParts(self.config["archipel"], self.settings, self.components, self._turn, device)
+        more = None if self._adapters is None else self._adapters.velocities
+        return LoadedParts(self.config["archipel"], self.settings, self.components, self._turn, device, more)
 
     def _turn(self, name: str) -> None:
         """Before ``name`` is called: with ``enable_model_cpu_offload`` the other experts leave the GPU."""
         part = getattr(self, name)
-        heavy = [*self.experts.values(), self.monolith, self.transformer]
+        experts = [] if self._adapters else self.experts.values()
+        heavy = [one for one in (*experts, self.monolith, self.transformer) if one is not None]
         if not any(part is one for one in (*heavy, self.vae)):
             return
         for hook in getattr(self, "_all_hooks", []):
@@ -324,6 +357,15 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
 
 def _texts(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
+
+
+def _each(pictures: Pictures | None, times: int) -> Pictures | None:
+    """Several pictures, each as often as its prompt; one serves all clips."""
+    if isinstance(pictures, list | tuple):
+        return [one for one in pictures for _ in range(times)] if len(pictures) > 1 else pictures
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and len(pictures) > 1:
+        return np.repeat(pictures, times, axis=0)
+    return pictures
 
 
 @functools.cache

@@ -7,6 +7,7 @@ With equal noise, times and text the frames are those of ``archipel generate --s
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ from archipel import FORMAT, __version__, store
 from archipel.config import RunConfig
 from archipel.ensemble.parts import open_source
 from archipel.errors import ArchipelError, MissingStageError
+from archipel.exchange import adapted, model_card, sides
 from archipel.exchange import folder as whole
-from archipel.exchange import model_card, sides
 from archipel.exchange.opened import INDEX
 from archipel.run import MONOLITH
 
@@ -63,7 +64,10 @@ def export(
     import diffusers
 
     with whole.aside_folder(folder, whole.is_export, force) as made:
-        card = whole.copy_expert(source, name, there[name], made / "transformer")
+        write = whole.copy_network
+        if run.config.expert.lora_rank:
+            write = functools.partial(adapted.write_merged, source)
+        card = write(source.folder(name, there[name]), made / "transformer")
         index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": diffusers.__version__, **absent}
         index["transformer"] = ["diffusers", store.read_json(made / "transformer" / whole.CONFIG)["_class_name"]]
         index["vae"] = sides.write_codec(source.codec(), made / "vae")
