@@ -162,3 +162,32 @@ def clip_tokenizer() -> Any:
     letters = sorted(ByteLevel.alphabet())
     names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={name: n for n, name in enumerate(names)}, merges=[], model_max_length=77)
+
+
+# backbone -> autoencoder, text encoders, latent channels of the family
+FAMILIES = {
+    "flux": ("hunyuan", "t5+clip", 4),
+    "wan": ("wan", "umt5", 16),
+    "ltx": ("ltx", "t5", 8),
+    "hunyuan": ("hunyuan", "t5+clip", 4),
+    "cogvideox": ("cogvideox", "t5", 4),
+}
+
+
+def tiny_pipeline(folder: Path, name: str, **over: Any) -> Path:
+    """A whole pipeline's folder of a backbone (vae, text encoders, transformer that fit together); returns the folder.
+    ``over``: constructor arguments of the transformer."""
+    from tests.tiny import POOLED, TEXT, tiny_config, tiny_transformer
+
+    codec, text, channels = FAMILIES[name]
+    tiny_autoencoder(folder / "vae", codec)
+    tiny_text(folder, text, width=TEXT, pooled=POOLED)
+    tiny_transformer(name, folder / "transformer", **{**tiny_config(name, channels), **over})
+    if name == "cogvideox":  # whose weights mean nothing without their schedule
+        from diffusers import CogVideoXDDIMScheduler
+
+        CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        ).save_pretrained(str(folder / "scheduler"))
+    (folder / "model_index.json").write_text('{"_class_name": "Tiny"}')
+    return folder
