@@ -35,17 +35,24 @@ def keep_float32(modules: list[nn.Module]) -> None:
 
 def norms_in_input_dtype(model: nn.Module) -> None:
     """Let RMSNorms of queries and keys take their input's dtype, bfloat16 under autocast: torch has no fused kernel for
-    an input and a weight of two dtypes."""
+    an input and a weight of two dtypes. Weights of LayerNorms, which sharding hands over in bfloat16, become float32."""
     for module in model.modules():
+        # Of another class, and not with a forward of its own: blocks stay alike, so that one is compiled for all.
         if type(module) is nn.RMSNorm:
-            # Of another class, and not with a forward of its own: blocks stay alike, so that one is compiled for all.
             module.__class__ = _RMSNorm
+        elif type(module) is nn.LayerNorm and module.elementwise_affine:
+            module.__class__ = _LayerNorm
 
 
 class _RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, scale, self.eps)
+
+
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, _float32(self.weight), _float32(self.bias), self.eps)
 
 
 def _in_float32(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
