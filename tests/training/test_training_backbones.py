@@ -1,109 +1,94 @@
-"""A job of every backbone: it learns, its books are right, it goes on where it was stopped, and its files are diffusers' own."""
+"""The switches of training meet every backbone: its blocks are the repeated ones, and nothing of its losses changes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.tiny import tiny_transformer
+from torch import Tensor
 
-from archipel import store
-from archipel.backbones import networks, registry
-from archipel.encoders import resolving
-from archipel.errors import Stopped
-from archipel.progress import StopFlag
-from archipel.run import MONOLITH, Run
-from archipel.training import bases
-from archipel.training.batches import open_shard, training_batch
-from archipel.training.stage import train
+from archipel import config
+from archipel.backbones import registry
+from archipel.backbones.flops import latent_shape, text_shape
+from archipel.contracts import Conditioning
+from archipel.training import switches
+from archipel.training.local import Local
+from archipel.training.loop import Settings, Trainer
 
-NAMES = ("wan", "ltx", "hunyuan", "cogvideox")
+NAMES = ("flux", "wan", "ltx", "hunyuan", "cogvideox")
 
 
-class After(StopFlag):
-    """Stops after so many looks."""
+class Noise:
+    """An expert of ``blocks`` blocks of each kind, with no weight at zero, that learns to give nothing."""
 
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def __bool__(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_expert_learns_and_is_a_model_of_diffusers(name: str, tmp_path: Path, make_run: Callable[..., Run]) -> None:
-    run = make_run(tmp_path / "run", expert={"backbone": name})
-    train(run, "0", threads=1)
-    folder = run.expert("0")
-    card = store.read_card(folder)
-    assert card is not None
-    before = registry.build_expert(run.config, seed=0)
-    after = registry.load_denoiser(folder)
-    batch = training_batch(open_shard(run.shard("0")).validation, 0, 0, 4, shift=1.0, text_dropout=0.0)
-    target = batch.noise - batch.x0
-    with torch.no_grad():
-        fresh, learned = ((m.predict(batch.x_t, batch.t, batch.cond) - target).square().mean() for m in (before, after))
-    assert learned < 0.7 * fresh, "on clips that it has not seen"
-    assert card["network"] == networks.expert_facts(run.config)
-    assert card["parameters"] == after.parameters_total == before.parameters_total
-    theirs = getattr(diffusers, after.CLASS).from_config(store.read_json(folder / "config.json"))
-    theirs.load_state_dict(load_file(folder / "model.safetensors"))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_stopped_job_goes_on_bit_for_bit(name: str, tmp_path: Path, make_run: Callable[..., Run]) -> None:
-    short = {"backbone": name, "steps": 8, "validate_every": 4}
-    whole, parts = (make_run(tmp_path / one, expert=short) for one in ("whole", "parts"))
-    train(whole, MONOLITH, threads=1)
-    with pytest.raises(Stopped):
-        train(parts, MONOLITH, threads=1, stop=After(6))
-    train(parts, MONOLITH, threads=1)
-    cards = [store.read_card(run.expert(MONOLITH)) or {} for run in (whole, parts)]
-    assert cards[0]["resumed"] == 0 and cards[1]["resumed"] == 1
-    assert cards[0]["sha256"] == cards[1]["sha256"]
-
-
-@pytest.mark.parametrize("name", ("ltx", "hunyuan", "cogvideox"))
-@pytest.mark.parametrize("rank", [0, 2])
-def test_released_weights_are_what_a_job_begins_with(
-    name: str, rank: int, tmp_path: Path, make_run: Callable[..., Run]
-) -> None:
-    folder = tmp_path / "released"
-    more = {"guidance_embeds": True} if name == "hunyuan" else {}
-    if name == "cogvideox":
-        diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(
-            folder / "scheduler"
+    def __init__(self, name: str, blocks: int) -> None:
+        part = {"backbone": name, "width": 32, "heads": 2, "rope_axes": [4, 6, 6]}
+        part |= {"double_blocks": blocks, "single_blocks": blocks}
+        settings = config.build(
+            {"clips": {"frames": 4, "size": 16}, "codec": {"patch": [2, 4, 4], "channels": 4}, "expert": part}
         )
-    weights = tiny_transformer(name, folder / "transformer", **more)
-    adapter = {"lora_rank": rank, "lora_alpha": 8.0} if rank else {}
-    run = make_run(
-        tmp_path / "run",
-        clips={"size": 32},
-        codec={"channels": 4},
-        text={"tokens": 6, "encoder": "t5+clip", "path": "none", "width": 16, "pooled_width": 12},
-        router={"steps": 4},
-        expert={**resolving.weights_values(str(folder)), "steps": 6, "lr": 1e-3, **adapter},
-    )
-    bases.take(run)
-    begun, _ = bases.load(run.config, run.base)
-    network = getattr(diffusers, begun.CLASS).from_pretrained(weights)
-    if name == "hunyuan":
-        network.time_text_embed.guidance_embedder = None
-    released = type(begun)(network.eval(), networks.expert_facts(run.config))
-    batch = training_batch(open_shard(run.shard("0")).validation, 0, 0, 4, shift=1.0, text_dropout=0.0)
-    with torch.no_grad():
-        wanted = released.velocity(batch.x_t, batch.t, batch.cond)
-        torch.testing.assert_close(begun.velocity(batch.x_t, batch.t, batch.cond), wanted, rtol=0, atol=0)
-    train(run, "0", threads=1)
-    card = store.read_card(run.expert("0")) or {}
-    assert (card["network"].get("lora") or {}).get("rank", 0) == rank
-    losses = [json.loads(line) for line in (run.expert("0") / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in losses if "loss" in line]
-    assert losses[-1] < losses[0]
+        rng = torch.Generator().manual_seed(0)
+        self.model, self.size = registry.build_expert(settings, seed=0), 2
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=rng))
+        L, D, P = text_shape(settings)
+        self._x = torch.randn(2, *latent_shape(settings), generator=rng)
+        mask = torch.arange(L)[None] < torch.tensor([[L], [L - 2]])
+        tokens = torch.randn(2, L, D, generator=rng) * mask[..., None]
+        self._cond = Conditioning(tokens, mask, torch.randn(2, P, generator=rng))
+
+    def batch(self, step: int, part: slice | None = None) -> Tensor:
+        return torch.tensor([0.3, 0.9])
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.model(self._x, batch, self._cond).square().flatten(1).mean(1)
+
+    def validate(self) -> dict[str, Any]:
+        return {}
+
+
+def steps(name: str, blocks: int, **switched: Any) -> list[list[float]]:
+    """Losses and gradient norms."""
+    trainer = Trainer(Noise(name, blocks), Settings(2, 1e-3), Local(**switched))
+    return [[float(value) for value in trainer.advance()] for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_are_apart_from_what_stays_float32(name: str) -> None:
+    model = Noise(name, 2).model
+    blocks = model.blocks()
+    assert len(blocks) == 4 and len({id(block) for block in blocks}) == 4
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = {id(module) for end in model.ends() for module in end.modules()}
+    assert inside.isdisjoint(outside)
+    most = sum(p.numel() for block in blocks for p in block.parameters())
+    assert most > 0.5 * model.parameters_total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_no_bit(name: str) -> None:
+    assert steps(name, 1, checkpointing=True, ema="host") == steps(name, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_one_block_of_a_kind_is_compiled_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(switches, "BACKEND", backend)
+    counts = []
+    for blocks in (2, 3):
+        torch.compiler.reset()
+        graphs.clear()
+        found = steps(name, blocks, compile=True)
+        counts.append(len(graphs))
+        torch.compiler.reset()
+        for one, other in zip(found, steps(name, blocks), strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+    assert counts[0] == counts[1] > 0
