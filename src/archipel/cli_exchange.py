@@ -30,9 +30,9 @@ def export(
     from archipel.exchange import folder as out
 
     if expert is not None:
-        from archipel.exchange import single
+        from archipel.exchange.single import export as export_one
 
-        made = single.export(run, folder, expert, run_id=run_id, force=force, licence=licence)
+        made = export_one(run, folder, expert, run_id=run_id, force=force, licence=licence)
         say(f"exported expert {expert} as {made.pipeline}: {folder} ({made.bytes / 1e6:.1f} MB)")
         for note in made.notes:
             say(f"  {note}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import FluxTransformer2DModel
 from safetensors.numpy import load_file, save_file
 from tests.tiny import tiny_transformer
 
@@ -37,11 +37,7 @@ def test_an_exported_expert_becomes_another_runs(own: Run, exported: Path) -> No
     card = store.read_card(own.expert("2"), "expert")
     assert card is not None and own.done(own.expert("2")) and not store.check_card(own.expert("2"))
     assert card["imported"]["license"] == "MIT" and card["imported"]["source"]["expert"] == "1"
-    assert (
-        card["sha256"]
-        == done.sha256
-        == store.read_json(exported / "archipel.json")["cards"]["1"].get("sha256", done.sha256)
-    )
+    assert card["sha256"] == done.sha256 == store.sha256_file(own.expert("2") / "model.safetensors")
     assert done.loss is None and "not measured" in done.notes[0]
     assert state(own.expert("2")).keys() == {"card.json", "config.json", "model.safetensors"}
 
@@ -121,11 +117,10 @@ def test_other_networks_are_refused_naming_both(own: Run, exported: Path, tmp_pa
         ArchipelError, match="'WanTransformer3DModel', expert 0 of this run is a FluxTransformer2DModel"
     ):
         bring(own.root, "0", tiny_transformer("wan", tmp_path / "wan"), force=True)
-    assert WanTransformer3DModel is not None
     folder = Path(shutil.copytree(exported / "expert_1", tmp_path / "wide"))
     config = store.read_json(folder / "config.json")
     store.write_json(folder / "config.json", config | {"num_single_layers": 7})
-    with pytest.raises(ArchipelError, match="num_single_layers of .* is 7, of this run 1"):
+    with pytest.raises(ArchipelError, match=r"num_single_layers of .* is 7, of this run 1"):
         bring(own.root, "0", folder, force=True)
     with pytest.raises(ArchipelError, match=r"whole export: name one of its experts, .*expert_0"):
         bring(own.root, "0", exported, force=True)
@@ -186,7 +181,6 @@ def test_the_ledger_never_calls_an_imported_run_matched(own: Run, exported: Path
     ledger = write_ledger(own)
     assert ledger["imported"] == ["0"] and ledger["ratio"] is None and not ledger["matched"]
     assert set(ledger["experts"]) == {"1", "2"}
-    shutil.rmtree(own.expert(own.job_names[-1]), ignore_errors=True)
 
 
 def test_an_import_is_named_in_the_next_export(own: Run, exported: Path, tmp_path: Path) -> None:
