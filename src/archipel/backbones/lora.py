@@ -204,6 +204,13 @@ class Bank:
             self._forget()
             return sorted(getattr(self.base.network, "peft_config", {}))
 
+    def mixed(self, names: list[str], x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity, every row with the adapter of its name: one pass of the base for all."""
+        with self._lock:
+            self._forget()
+            with _naming(self._layers, names):
+                return self.base.velocity(x, t, cond)
+
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[base.Denoiser]:
         """The network with one adapter on it, for as long as the block runs."""
@@ -215,6 +222,21 @@ class Bank:
                     layer._active_adapter = [name]
                 self._active = name
             yield self.base
+
+
+@contextlib.contextmanager
+def _naming(layers: list[Any], names: list[str]) -> Iterator[None]:
+    """Every row of a batch goes through the adapter of its name, for as long as the block runs."""
+
+    def name(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        return arguments, keywords | {"adapter_names": names}
+
+    handles = [layer.register_forward_pre_hook(name, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _adapted_layers(network: nn.Module) -> list[Any]:
@@ -229,6 +251,7 @@ class Adapted:
     def __init__(self, bank: Bank, name: str, facts: Mapping[str, Any]) -> None:
         self.bank, self.name, self.facts = bank, name, dict(facts)
         self.prediction, self.clusters = str(facts["prediction"]), 0
+        self.adapted = self
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         with self.bank.using(self.name) as network:

@@ -244,7 +244,17 @@ class _Lazy:
         self._parts, self._name = parts, name
         self._network: Velocity | None = None
 
+    @property
+    def adapted(self) -> Velocity | None:
+        """The expert itself where it is an adapter, which others on its base can be asked together with."""
+        if not self._parts.config.expert.lora_rank:
+            return None
+        return self._held()
+
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self._held()(x, t, cond)
+
+    def _held(self) -> Velocity:
         if self._network is None:
             self._network = self._parts.denoiser(self._name)
-        return self._network(x, t, cond)
+        return self._network

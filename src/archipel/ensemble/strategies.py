@@ -261,11 +261,15 @@ class Mixture:
             self._trace.times.append(float(t[0]) if len(t) else 0.0)
             self._trace.weights.append(w.detach().float().cpu())
         v = torch.zeros_like(x)
-        for k, expert in enumerate(self._experts):
-            rows = ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]
-            if len(rows) == 0:
-                continue
-            part = combine(expert, x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+        groups = [(k, ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]) for k in range(len(self._experts))]
+        asked = [(k, rows) for k, rows in groups if len(rows)]
+        parts = in_one_pass(self._experts, asked, x, t, cond, a, b)
+        for number, (k, rows) in enumerate(asked):
+            part = (
+                combine(self._experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+                if parts is None
+                else parts[number]
+            )
             v.index_add_(0, rows, part.to(v.dtype))
             if self._trace is not None:
                 self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self._scale in (0, 1) else 2)
