@@ -251,7 +251,11 @@ class Adapted:
     def __init__(self, bank: Bank, name: str, facts: Mapping[str, Any]) -> None:
         self.bank, self.name, self.facts = bank, name, dict(facts)
         self.prediction, self.clusters = str(facts["prediction"]), 0
-        self.adapted = self
+
+    @property
+    def adapted(self) -> Adapted:
+        """Itself: what ``ensemble.together`` looks for, behind whatever an expert is wrapped in."""
+        return self
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         with self.bank.using(self.name) as network:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble.guidance import Composition, branch_weights, combine
+from archipel.ensemble.together import in_one_pass
 from archipel.errors import ArchipelError
 from archipel.flow import draws
 
