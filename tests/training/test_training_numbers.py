@@ -145,9 +145,9 @@ def test_sampling_costs_follow_solver_guidance_and_strategy() -> None:
     plain = config.build({"sample": {"steps": 10, "guidance": 1.0}})
     heun = config.build({"sample": {"steps": 10, "guidance": 3.0, "solver": "heun"}})
     one, route = flops.expert_forward_flops(plain), flops.router_forward_flops(plain)
-    table = budget._sampling(plain)["per_clip"]
+    table = budget.sampling(plain)["per_clip"]
     assert table["monolith"]["total"] == table["oracle"]["total"] == 10 * one
     assert table["top1"]["total"] == 10 * (one + route)
     assert table["full"]["experts"] == 30 * one and table["ancestral"]["router"] == 8 * route
-    assert budget._sampling(heun)["per_clip"]["top2"]["experts"] == 19 * 2 * 2 * one
-    assert np.isclose(budget._sampling(heun)["per_clip"]["top2"]["router"], 19 * route)
+    assert budget.sampling(heun)["per_clip"]["top2"]["experts"] == 19 * 2 * 2 * one
+    assert np.isclose(budget.sampling(heun)["per_clip"]["top2"]["router"], 19 * route)
