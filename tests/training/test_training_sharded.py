@@ -239,6 +239,21 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(pair: tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan", "cogvideox"])
+def test_two_processes_train_every_backbone_as_one_does(
+    name: str, tmp_path: Path, make_run: Callable[..., Run], ask: Ask
+) -> None:
+    part = {"backbone": name, "batch": 5, "steps": 4, "validate_every": 2}
+    runs = [make_run(tmp_path / kind, expert=part) for kind in ("one", "two", "half")]
+    assert ask(runs[0], "0", 1)["codes"] == [0]
+    assert ask(runs[1], "0", 2)["codes"] == [0, 0]
+    same_training(*runs[:2])
+    assert ask(runs[2], "0", 2, local={"precision": "bfloat16"})["codes"] == [0, 0]
+    losses = [card_of(run)["validation"]["raw"]["loss"] for run in runs]
+    assert losses[2] == pytest.approx(losses[0], rel=0.02) and losses[2] != losses[0]
+
+
+@pytest.mark.slow
 def test_checkpointing_and_an_average_on_the_host_change_no_bit_of_two_processes(
     pair: tuple[Run, Run], ask: Ask
 ) -> None:
