@@ -171,10 +171,12 @@ def ledger(reader: Reader) -> dict[str, Any]:
         cells = [_show(key, _value(trunk, keys)) for key, _, keys in _COLUMNS]
         rows.append({"name": "shared start (once in each)", "cells": cells, "css": ""})
         sums["flops"] += trunk["flops"]
+    imported = [str(name) for name in found.get("imported") or []]
     for name in [*run.expert_names, ROUTER]:
         entry = _entry(found, name)
         values = {key: _value(entry, keys) for key, _, keys in _COLUMNS}
-        rows.append({"name": _job_label(name), "cells": [_show(key, values[key]) for key, _, _ in _COLUMNS], "css": ""})
+        label = _job_label(name) + (" (imported)" if name in imported else "")
+        rows.append({"name": label, "cells": [_show(key, values[key]) for key, _, _ in _COLUMNS], "css": ""})
         for key in sums:
             sums[key] = math.nan if values[key] is None else sums[key] + (values[key] or 0.0)
     total = [_show(key, finite(sums[key])) if key not in ("epochs", "updates") else "" for key, _, _ in _COLUMNS]
@@ -188,7 +190,8 @@ def ledger(reader: Reader) -> dict[str, Any]:
     ratio = finite(found.get("ratio"))
     matched = found.get("matched") is True
     return {
-        "missing": "" if ratio is not None else reader.command("run"),
+        "missing": "" if ratio is not None or imported else reader.command("run"),
+        "imported": imported,
         "columns": [title for _, title, _ in _COLUMNS],
         "rows": rows,
         "ratio": ratio,

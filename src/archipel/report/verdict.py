@@ -23,6 +23,11 @@ def compute_text(cost: Mapping[str, Any]) -> str:
         return (
             f"Training compute is matched: archipelago over monolith is {cost['ratio_text']} in FLOPs, router included."
         )
+    if cost.get("imported"):
+        return (
+            f"Not all experts were trained by this run ({', '.join(cost['imported'])} came from elsewhere): read every difference "
+            "below as one between unequal budgets."
+        )
     if ratio is None:
         return "What the arms cost in training is not known yet: read every difference below as one between unequal budgets."
     return (
