@@ -3,8 +3,8 @@
 A network is a dictionary: ``_class_name`` and every constructor argument of that class, as they stand in ``config.json``.
 From scratch it follows the dials of ``run.toml``; where ``expert.network`` is set (that of ``expert.weights``, resolved
 at init) it is that one. Given frames are C + 1 more input channels behind the latents: C of their clean latents, and
-their mask; the columns that read them start at zero, which is a projection of their own that starts at zero (Open-Sora
-2.0, arXiv 2503.09642, section 4.3).
+their mask; the columns that read them start at zero. That is the same function as a projection of their own that starts at
+zero, which is how Open-Sora 2.0 (arXiv 2503.09642, ``cond_in`` of its code) gives them to a Flux.
 """
 
 from __future__ import annotations
