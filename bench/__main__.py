@@ -20,7 +20,17 @@ import torch
 from archipel import store
 from bench.common import BUSY, DifferentError
 
-QUICK = ("training_step", "top1", "backbone_loop", "cache_reading", "frechet", "moments_memory", "intervals", "islands")
+QUICK = (
+    "training_step",
+    "top1",
+    "lora_experts",
+    "backbone_loop",
+    "cache_reading",
+    "frechet",
+    "moments_memory",
+    "intervals",
+    "islands",
+)
 ENGINES = ("first_step",)  # needs Ray (make setup-ray)
 LONG = ("representation",)  # hours; needs the emoji's package
 

@@ -5,16 +5,16 @@
 The base has the demo's sizes, adapters rank 8 on the attention's projections, all with random weights. Three comparisons,
 each after equal outputs were shown: the same top-2 mixture of K merged networks, which costs K times the memory; one merged
 network alone, where all adapters are equal and the mixture therefore is that network (top-2 asks two experts per clip, so two
-passes are the least that it can cost); and, as another way to ask several experts, peft's mixed batches, in which every row
-names its adapter and the base is passed once. Memory is what the distinct storages of the parameters take.
+passes are the least that it can cost); and the two ways to ask several experts against each other: in turns, and in peft's
+mixed batches, in which every row names its adapter and the base is passed once. An ensemble mixes where there are few rows
+(``together.MOST_ROWS``). Memory is what the distinct storages of the parameters take.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from archipel import config, presets, store
 from archipel.backbones import adapters, base, lora, registry
 from archipel.contracts import Conditioning, Velocity
+from archipel.ensemble import together
 from archipel.ensemble.strategies import Fixed, Mixture
 from bench import common
 from bench.top1 import inputs, shake
@@ -66,35 +67,18 @@ def held(*networks: base.Denoiser) -> int:
     )
 
 
-class MixedBatch:
-    """All rows of all experts in one pass, each through its own adapter (peft's ``adapter_names``)."""
+class Bounded:
+    """A mixture that passes the base once for calls of at most so many rows, whatever the ensemble's own bound is."""
 
-    def __init__(self, bank: lora.Bank, names: Sequence[str], weights: Tensor, scale: float) -> None:
-        self._network, self._names, self._weights, self._scale = bank.base, names, weights, scale
+    def __init__(self, mixture: Mixture, rows: int) -> None:
+        self._mixture, self._rows = mixture, rows
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        k, row = (self._weights.T > 0).nonzero(as_tuple=True)  # sorted by expert
-        asked, w = [self._names[i] for i in k], self._weights[row, k].reshape(-1, 1, 1, 1, 1)
-        own, both = cond[row], [x[row], x[row]]
-        with self._naming(asked * 2):
-            v = self._network(torch.cat(both), torch.cat([t[row], t[row]]), Conditioning.cat([own, own.null()]))
-        text, null = v.chunk(2)
-        return torch.zeros_like(x).index_add_(0, row, w * (null + self._scale * (text - null)))
-
-    @contextmanager
-    def _naming(self, names: list[str]) -> Iterator[None]:
-        from peft.tuners.lora.layer import LoraLayer
-
-        def name(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
-            return arguments, keywords | {"adapter_names": names}
-
-        layers = [module for module in self._network.modules() if isinstance(module, LoraLayer)]
-        handles = [layer.register_forward_pre_hook(name, with_kwargs=True) for layer in layers]
+        before, together.MOST_ROWS = together.MOST_ROWS, self._rows
         try:
-            yield
+            return self._mixture(x, t, cond)
         finally:
-            for handle in handles:
-                handle.remove()
+            together.MOST_ROWS = before
 
 
 def two_each(batch: int, k: int) -> Tensor:
@@ -146,19 +130,25 @@ def run(small: bool = False) -> dict[str, Any]:
             arms: dict[str, Velocity] = {
                 "adapters": Mixture(ours, own, scale),
                 "merged": Mixture(whole, own, scale),
-                "mixed": MixedBatch(bank, [expert.name for expert in ours], weights, scale),
+                "turns": Bounded(Mixture(ours, own, scale), 0),
+                "mixed": Bounded(Mixture(ours, own, scale), 1 << 30),
                 "equals": Mixture(equals, own, scale),
                 "one": Mixture([one], Fixed(torch.ones(batch, 1)), scale),
             }
             with torch.no_grad():
                 found = {name: arm(noise, t, cond) for name, arm in arms.items()}
-                for name, against in (("adapters", "merged"), ("mixed", "merged"), ("equals", "one")):
+                for name, against in (
+                    ("adapters", "merged"),
+                    ("turns", "merged"),
+                    ("mixed", "merged"),
+                    ("equals", "one"),
+                ):
                     equal(b, f"batch {batch}: {name} and {against}", found[name], found[against])
                 taken = common.interleave({name: partial(arm, noise, t, cond) for name, arm in arms.items()}, rounds)
             for case, name, against, label, aim in (
-                ("adapters that take turns", "adapters", "merged", f"{k} merged networks", AIM),
-                ("adapters that take turns", "equals", "one", "one merged network", None),
-                ("adapters in one mixed batch", "mixed", "adapters", "adapters that take turns", None),
+                ("adapters", "adapters", "merged", f"{k} merged networks", AIM),
+                ("adapters", "equals", "one", "one merged network", None),
+                ("adapters in one mixed batch", "mixed", "turns", "adapters that take turns", None),
             ):
                 b.rows.append(common.versus(f"batch {batch}, {case}", label, taken[name], taken[against], aim))
     return b.record

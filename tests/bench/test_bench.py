@@ -41,6 +41,7 @@ def check(record: dict[str, Any], name: str, against: set[str]) -> None:
         ("intervals", {"features", "features, sqrtm"}),
         ("cache_reading", {"webdataset", "datasets (arrow, numpy format)"}),
         ("top1", {"monolith"}),
+        ("lora_experts", {"3 merged networks", "one merged network", "adapters that take turns"}),
         ("backbone_loop", {"FluxPipeline", "WanPipeline", "LTXPipeline", "HunyuanVideoPipeline"}),
         ("training_step", {"a bare loop"}),
     ],

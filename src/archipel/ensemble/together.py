@@ -37,8 +37,9 @@ def in_one_pass(
     branches = 2 if bool(b.any()) else 1
     if not 0 < len(rows) * branches <= MOST_ROWS or not bool(a.any()):
         return None
-    adapted = [getattr(experts[k], "adapted", None) for k, _ in asked]
-    if not all(isinstance(one, Adapted) and one.bank is adapted[0].bank for one in adapted):
+    found = [getattr(experts[k], "adapted", None) for k, _ in asked]
+    adapted = [one for one in found if isinstance(one, Adapted)]
+    if len(adapted) < len(found) or any(one.bank is not adapted[0].bank for one in adapted):
         return None
     names = [one.name for one, (_, own) in zip(adapted, asked, strict=True) for _ in own]
     own, sizes = cond[rows], [len(one) for _, one in asked]
@@ -53,4 +54,4 @@ def in_one_pass(
     total = over_rows(torch.cat([a[one, k] for k, one in asked]), v[0]) * v[0]
     if branches == 2:
         total = total + over_rows(torch.cat([b[one, k] for k, one in asked]), v[1]) * v[1]
-    return list(total.split(sizes))
+    return list(torch.split(total, sizes))
