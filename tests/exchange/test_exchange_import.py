@@ -188,3 +188,15 @@ def test_an_import_is_named_in_the_next_export(own: Run, exported: Path, tmp_pat
     export(own.root, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "expert 0 (imported)" in text and "imported; licence: CC0-1.0" in text
+
+
+def test_the_report_says_so(own: Run, exported: Path) -> None:
+    from archipel.report.reading import Reader
+    from archipel.report.training import ledger
+    from archipel.report.verdict import compute_text
+
+    bring(own.root, "2", exported / "expert_1", force=True)
+    store.write_json(own.ledger, {"format": 1, "run": own.id, "imported": ["2"], "ratio": None, "arms": {}})
+    cost = ledger(Reader(own))
+    assert "expert 2 (imported)" in [row["name"] for row in cost["rows"]] and not cost["missing"]
+    assert "(2 came from elsewhere)" in compute_text(cost)
