@@ -17,7 +17,7 @@ def test_adapters_over_a_trunk_from_init_to_report(
 ) -> None:
     root = tmp_path / "run"
     more = [
-        "expert.warm_start=trunk", "expert.trunk_steps=10", "expert.lora_rank=2", "evaluate.arms=top1,monolith",
+        "expert.warm_start=trunk", "expert.trunk_steps=10", "expert.lora_rank=2", 'evaluate.arms=["top1", "monolith"]',
         "clips.count=48", "expert.steps=10", "router.steps=10", "router.batch=4",
     ]  # fmt: skip
     chosen = [f"--set={one}" for one in [*settings, *more]]
