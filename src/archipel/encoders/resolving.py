@@ -129,7 +129,7 @@ def text_places(source: str, *, weights: bool = False) -> dict[str, Place]:
             )
         return one | {f"{name}_2": place for name, place in two.items()}
     found = outside.find(source, TEXT, "text", weights=weights)
-    if found[0].folder.name != TEXT[0]:  # an encoder's folder, with its tokenizer inside
+    if found[0].said == source:  # an encoder's folder, with its tokenizer inside
         return {"text_encoder": found[0], "tokenizer": found[0]}
     places = {place.folder.name: place for place in found}
     for encoder, tokenizer in (TEXT[:2], TEXT[2:]):
