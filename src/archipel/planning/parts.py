@@ -73,7 +73,8 @@ def codec(config: RunConfig, root: Path | None = None) -> Part:
             z = z.transpose(1, 2).flatten(0, 1)
         before = held.now
         held.reset_peak()
-        model.decode(z, return_dict=False)
+        more = {"temb": torch.zeros(1)} if getattr(model.config, "timestep_conditioning", False) else {}
+        model.decode(z, return_dict=False, **more)
         return Part(weights // _FLOAT32, weights, held.peak - before, told)
 
 

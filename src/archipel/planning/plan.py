@@ -247,9 +247,10 @@ def assumptions(plan: Plan) -> list[str]:
         f"hours at {switches.mfu:.0%} of the peak that the maker states for {switches.precision} "
         f"({'TF32, ' if switches.precision == 'float32' else ''}dense); blocks that checkpointing computes again are not in "
         "the FLOPs and lower the share that is reached; preparing clips is not counted",
-        f"{USABLE:.0%} of a GPU's memory can be filled with tensors; what kernels take for themselves is not counted",
-        f"training: {plan.train.clips} clips at once on a GPU; validation is played through with as many at most as "
-        "a micro-batch (64 without one)",
+        f"{USABLE:.0%} of a GPU's memory can be filled with tensors; what kernels take for themselves, convolutions in "
+        "decoding above all, is not counted",
+        f"clips at once on a GPU: {plan.train.clips} in training, "
+        f"{plan.switches.micro_batch or 64} at most in validation (both follow --micro-batch)",
         f"parts: {plan.codec.told}; {', '.join(part.told for part in plan.texts)}",
     ]
     if switches.gpus > 1:

@@ -73,7 +73,7 @@ def _params(whole: int, trained: int) -> str:
 
 def _memory(plan: Plan) -> Table:
     kept, again = plan.kept, plan.checkpointed
-    title = f"Training, each GPU ({plan.switches.but(checkpointing=False).told()}; {kept.clips} clips at once)"
+    title = f"Training, each GPU ({plan.switches.but(checkpointing=False).told()}; clips at once: {kept.clips})"
     table = _rows(title, "", "plain", "--checkpointing")
     for label, key in (
         ("weights", "weights"),
@@ -140,10 +140,13 @@ def _way(fit: Fit) -> str:
 
 
 def advice(plan: Plan) -> Iterator[str]:
-    """A sentence for every GPU that a step does not fit on, or a clip only in another way than by `archipel generate`."""
+    """A sentence for GPUs that a step does not fit on, or a clip only in another way than by `archipel generate`."""
+    said: dict[str, list[str]] = {}
     for fit in plan.fits:
         if not fit.fits:
-            yield f"{fit.gpu.title}: {_advice(fit)}"
+            said.setdefault(_advice(fit), []).append(fit.gpu.title)
+    for text, names in said.items():
+        yield f"{', '.join(names)}: {text}"
     other = [fit for fit in plan.fits if fit.sampling != "generate"]
     for way in ("bfloat16", "offloaded", ""):
         names = ", ".join(fit.gpu.title for fit in other if fit.sampling == way)
