@@ -295,9 +295,7 @@ def _fetch_part(bucket: Bucket, run: Run, prefix: str, folder: Path) -> Path:
     return folder
 
 
-def fetch_published(
-    bucket: Bucket, prefix: str, folder: Path, on_bytes: Callable[[int], None] = lambda _: None
-) -> int:
+def fetch_published(bucket: Bucket, prefix: str, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> int:
     """Bring the published files below ``prefix`` (codec, shards/2) into ``folder``, the card last; files that are there
     and right are kept. Returns how many were fetched. Raises DamagedError, StoreError, ArchipelError."""
     files = {key: file for key, file in bucket.files.items() if key.startswith(f"{prefix}/")}
