@@ -247,9 +247,18 @@ def edit(folder: Path, **entries: Any) -> None:
 
 def test_nothing_of_a_folder_is_run(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "evil"))
-    edit(folder, expert_0=["os", "system"])
-    with pytest.raises(DamagedError, match="'expert_0' is of 'os'"):
-        ArchipelPipeline.from_pretrained(folder)
+    for entries in (
+        {"expert_0": ["os", "system"]},
+        {"vae": ["diffusers", "DiffusionPipeline"]},
+        {"text_encoder": ["transformers", "AutoModel"]},
+        {"extra": ["diffusers", "AutoencoderKL"]},
+        {"scheduler": ["diffusers"]},
+    ):
+        before = (folder / "model_index.json").read_text()
+        edit(folder, **entries)
+        with pytest.raises(DamagedError, match="which no export of Archipel has"):
+            ArchipelPipeline.from_pretrained(folder)
+        (folder / "model_index.json").write_text(before)
     folder = Path(shutil.copytree(exported, tmp_path / "code"))
     (folder / "vae" / "diffusers.py").write_text("raise SystemExit")
     with pytest.raises(DamagedError, match=r"vae.diffusers\.py is code"):

@@ -5,6 +5,7 @@ Only what the run's own files say: what is not there is said to be missing. Noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_single(run: Run, name: str, card: Mapping[str, Any], pipeline: str, no
 
 def _head(run: Run, licence: str) -> str:
     about = licence.strip().lower().replace(" ", "-")
-    license_lines = [f"license: {about}"] if about else ["license: other", "license_name: see-the-model-card"]
+    known = re.fullmatch(r"[a-z0-9.+-]{1,60}", about)  # as hubs write them: apache-2.0, mit, cc-by-4.0
+    license_lines = [f"license: {about}"] if known else ["license: other", "license_name: see-the-model-card"]
     image = any(run.config.expert.tasks[1:])
     tags = [
         "archipel",
@@ -112,7 +114,7 @@ def source_of(run: Run) -> dict[str, Any]:
     """{"source", "license", counts of clips}: what the run knows of its clips."""
     card = _card(run, "clips")
     provenance, counts = mapping(card.get("provenance")), mapping(card.get("counts"))
-    licence = str(provenance.get("license") or run.config.clips.license or _NOTHING)
+    licence = " ".join(str(provenance.get("license") or run.config.clips.license or _NOTHING).split())
     known = {key: counts[key] for key in ("used", "groups", "train", "validation", "test") if key in counts}
     return {"source": run.config.clips.source, "license": licence, **known}
 

@@ -14,7 +14,15 @@ INDEX = "model_index.json"
 PIPELINE = "ArchipelPipeline"
 PARTS = "archipel.exchange.parts"
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md")  # of a hub repository; what is code stays there
-_LIBRARIES = ("diffusers", "transformers", PARTS)
+# component -> library and names (a regular expression) of the classes that it may be: no pipeline within a pipeline.
+_TRANSFORMER = ("diffusers", r"(Flux|Wan|LTXVideo|HunyuanVideo|CogVideoX)Transformer(2D|3D)Model")
+_ALLOWED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (r"expert_[0-9]{1,3}|monolith|transformer|router", (_TRANSFORMER,)),
+    (r"vae", ((PARTS, r"BlockCodec"), ("diffusers", r"Autoencoder\w+"))),
+    (r"text_encoder(_2)?", (("transformers", r"BertModel|T5EncoderModel|UMT5EncoderModel|CLIPTextModel"),)),
+    (r"tokenizer(_2)?", (("transformers", r"\w*Tokenizer\w*"),)),
+    (r"scheduler", (("diffusers", r"\w+Scheduler"),)),
+)
 _CODE = (".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _EXPERT = re.compile(r"expert_([0-9]{1,3})")
 
@@ -48,12 +56,10 @@ def check_index(folder: Path) -> tuple[str, ...]:
             f"{path}: _class_name is {str(kind)[:80]!r}, not {PIPELINE}: open it with the pipeline that it names"
         )
     for name, entry in index.items():
-        if not name.startswith("_") and isinstance(entry, list):
-            library = entry[0] if len(entry) == 2 else ""
-            if library is not None and library not in _LIBRARIES:
-                raise DamagedError(
-                    f"{path}: {name[:80]!r} is of {str(library)[:80]!r}; only diffusers, transformers and {PARTS} are used"
-                )
+        if isinstance(entry, list) and entry != [None, None] and not _allowed(name, entry):
+            raise DamagedError(
+                f"{path}: {name[:80]!r} is {str(entry)[:80]}, which no export of Archipel has: nothing of it was loaded"
+            )
     for found in folder.rglob("*"):
         if found.suffix in _CODE:
             raise DamagedError(f"{found} is code or a pickle, which no export has: take it away if you trust the rest")
@@ -61,6 +67,18 @@ def check_index(folder: Path) -> tuple[str, ...]:
         m for name, entry in index.items() if (m := _EXPERT.fullmatch(name)) and isinstance(entry, list) and entry[0]
     ]
     return tuple(match[0] for match in sorted(here, key=lambda match: int(match[1])))
+
+
+def _allowed(name: str, entry: list[Any]) -> bool:
+    if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+        return False
+    library, kind = entry
+    return any(
+        library == one and re.fullmatch(classes, kind)
+        for names, kinds in _ALLOWED
+        if re.fullmatch(names, name)
+        for one, classes in kinds
+    )
 
 
 def _from_hub(where: str, options: dict[str, Any]) -> Path:
