@@ -4,12 +4,14 @@
 
 Every case is a process of its own, which trains two real steps of a real ``Trainer`` on the CPU. Counted is what it holds at
 most beyond what it held before the network was built, when a tiny one had been trained already: as torch's allocator tells the
-profiler (allocated), and, in a second process, as the system sees it (resident).
+profiler (allocated), and, in a second process, as the system sees it (resident), once more where the C library gives back what
+is freed at once instead of keeping pieces of it (returned).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from archipel.training.loop import Settings, Trainer
 from bench import common
 
 MEGA = 1 << 20
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc's
+WAYS = {"allocated": (True, False), "resident": (False, False), "returned": (False, True)}  # traced, returned
 # 96 M parameters on 128 video tokens, batches of 4 clips.
 LARGE = {"width": 768, "heads": 12, "rope_axes": [16, 24, 24], "double_blocks": 2, "single_blocks": 6, "batch": 4}
 SMALL = {"width": 64, "heads": 2, "rope_axes": [8, 12, 12], "double_blocks": 1, "single_blocks": 2, "batch": 4}
@@ -96,10 +100,11 @@ def child(case: str, small: bool, traced: bool) -> None:
     print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
 
 
-def measure(case: str, small: bool, traced: bool) -> int:
+def measure(case: str, small: bool, traced: bool, returned: bool = False) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "bench.plan_memory", "--child", case, str(int(small)), str(int(traced))],
         cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True,
+        env={**os.environ, **(RETURNING if returned else {})},
     )  # fmt: skip
     return int(json.loads(done.stdout.splitlines()[-1]))
 
@@ -114,7 +119,7 @@ def run(small: bool = False) -> dict[str, Any]:
             of = settings(SMALL if small else LARGE, words.pop("backbone", "flux"))
             steps, switches = Steps(of), Switches("float32", **words)
             predicted = steps.of(switches).peak
-            found = {key: measure(case, small, traced) for key, traced in (("allocated", True), ("resident", False))}
+            found = {key: measure(case, small, *how) for key, how in WAYS.items()}
             table.append(
                 {
                     "case": case,
@@ -122,8 +127,10 @@ def run(small: bool = False) -> dict[str, Any]:
                     "predicted, MiB": round(predicted / MEGA, 2),
                     "allocated, MiB": round(found["allocated"] / MEGA, 2),
                     "resident, MiB": round(found["resident"] / MEGA, 2),
+                    "returned, MiB": round(found["returned"] / MEGA, 2),
                     "predicted / allocated": round(predicted / found["allocated"], 4),
                     "predicted / resident": round(predicted / found["resident"], 4),
+                    "predicted / returned": round(predicted / found["returned"], 4),
                 }
             )
         b.tables["a step's peak"] = table

@@ -255,7 +255,8 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     if switches.gpus > 1:
         said.append(
-            "several GPUs hold an expert together (FSDP): gathered weights from block sizes, not played through"
+            "several GPUs hold an expert together (FSDP): what they gather of each other's weights is estimated from the size of "
+            "a block, not played through"
         )
     if plan.clips is None:
         said.append("disk: unknown, as the source does not say how many clips there are: give --clips N")

@@ -99,7 +99,7 @@ def _sampling(plan: Plan) -> Table:
     drawn = plan.sampling
     table = _rows("Sampling, one clip", "", "on the GPU", "in the host's memory")
     title = f"archipel generate ({drawn.experts} expert{'s' * (drawn.experts > 1)} in float32)"
-    table.add_row(title, size(drawn.gpu), f"{size(drawn.host)} (codec, text)")
+    table.add_row(title, size(drawn.gpu), f"{size(drawn.host)} or more (codec, text)")
     table.add_row("exported pipeline in bfloat16, wholly on the GPU", size(drawn.bfloat16), "")
     table.add_row("the same with enable_model_cpu_offload()", size(drawn.offloaded), "the rest")
     return table
