@@ -198,8 +198,11 @@ def test_weights_that_do_not_fit_their_configuration(made: dict[str, Path], tmp_
     )
     with pytest.raises(DamagedError, match="does not fit"):
         autoencoders.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_res_blocks": "two"}))
-    with pytest.raises(DamagedError, match="does not describe a AutoencoderKLWan"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_scales": "two", "base_dim": -4}))
+    with pytest.raises(DamagedError, match=r"does not (describe|fit)"):
+        autoencoders.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_res_blocks": 10**9}))
+    with pytest.raises(ConfigError, match="at most 100 layers"):
         autoencoders.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "dim_mult": []}))
     with pytest.raises(ConfigError, match="not usable"):

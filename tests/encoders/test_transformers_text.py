@@ -155,3 +155,12 @@ def test_encoders_that_are_not_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigError, match=r"type 'llama': .* t5, umt5 and clip_text_model"):
         resolving.text_values(str(tmp_path))
+
+
+def test_files_that_are_no_encoder_are_damaged(made: dict[str, Path], tmp_path: Path) -> None:
+    opened(made["t5"], tmp_path)
+    config = Text.model_validate({**resolving.text_values(str(made["t5"])), "tokens": 20})
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()  # linked to the source: not written into
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(DamagedError, match="no text encoder that can be opened"):
+        open_text(config, tmp_path)

@@ -30,6 +30,7 @@ PIPELINE = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' own names, in this order
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]+(?:/[\w.-]+)*))?")
 _TOKENIZER = (".json", ".txt", ".model")  # vocabularies; .model is SentencePiece's, a protocol buffer
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # names that can be keys of a bucket
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.int8.*", "*.fp8.*"]
 _CHUNK = 1 << 22
@@ -343,7 +344,11 @@ def take_text(places: Mapping[str, Place], target: Path, what: str) -> list[str]
 
 def tokenizer_files(place: Place, what: str) -> list[Path]:
     """A tokenizer's own files. Raises ConfigError where there are none, or code of its own is asked for."""
-    names = sorted(path.name for path in place.folder.iterdir() if path.suffix in _TOKENIZER and path.is_file())
+    names = sorted(
+        path.name
+        for path in place.folder.iterdir()
+        if path.suffix in _TOKENIZER and path.is_file() and _PLAIN.fullmatch(path.name)
+    )
     files = [place.folder / name for name in names if ".index." not in name]
     if not any(re.fullmatch(r"tokenizer\.json|vocab\.(json|txt)|.*\.model", name) for name in names):
         raise ConfigError(f"{what} {place.said!r}: {place.folder} holds no tokenizer")

@@ -74,6 +74,15 @@ AUTOENCODERS: dict[str, Callable[[Mapping[str, Any]], Shape]] = {
 }
 
 
+_LAYERS = ("layers_per_block", "decoder_layers_per_block", "num_res_blocks", "num_encoder_blocks", "num_decoder_blocks")
+_MOST_LAYERS = 100
+_MOST_CHANNELS = 4096
+
+
+def _numbers(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 def autoencoder_shape(config: Mapping[str, Any], said: str) -> Shape:
     """(patch, channels, causal) of an autoencoder's configuration. Raises ConfigError for a class that is not known."""
     name = config.get("_class_name")
@@ -82,11 +91,18 @@ def autoencoder_shape(config: Mapping[str, Any], said: str) -> Shape:
             f"codec {said!r} is of the class {name!r}, not one of the autoencoders that Archipel knows: "
             f"{', '.join(AUTOENCODERS)}"
         )
+    counts = [value for key in _LAYERS for value in _numbers(config.get(key))]
+    if any(not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS for value in counts) or any(
+        isinstance(value, list | tuple) and len(value) > _MOST_CHANNELS for value in config.values()
+    ):  # a stranger's configuration must not make us build forever
+        raise ConfigError(
+            f"codec {said!r}: its configuration does not describe a {name} of at most {_MOST_LAYERS} layers a block"
+        )
     try:
         patch, channels, causal = AUTOENCODERS[str(name)](config)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"codec {said!r}: its configuration does not describe a {name} ({error!r})") from error
-    if min(patch) < 1 or channels < 1 or max(*patch, channels) > 1 << 16 or config.get("in_channels", 3) != 3:
+    if min(patch) < 1 or channels < 1 or max(*patch, channels) > _MOST_CHANNELS or config.get("in_channels", 3) != 3:
         raise ConfigError(f"codec {said!r}: a {name} of {channels} channels and blocks of {patch} is not usable")
     return patch, channels, causal
 

@@ -57,11 +57,17 @@ class _Part:
             "clip": transformers.CLIPTextModel,
         }[text_kind(store.read_json(where / outside.CONFIG), str(where))[0]]
         local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        with without_loading_bar():
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder / f"tokenizer{suffix}"), **local)
-            loaded, told = model.from_pretrained(
-                str(where), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
-            )
+        try:
+            with without_loading_bar():
+                tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder / f"tokenizer{suffix}"), **local)
+                loaded, told = model.from_pretrained(
+                    str(where), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
+                )
+        except Exception as error:  # transformers and tokenizers raise whatever their readers raise
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            raise DamagedError(
+                f"{folder} holds no text encoder that can be opened ({type(error).__name__}: {said})"
+            ) from error
         if told["missing_keys"]:  # transformers would leave them at random
             raise DamagedError(
                 f"{where} lacks {len(told['missing_keys'])} tensors, such as {sorted(told['missing_keys'])[0]!r}"
