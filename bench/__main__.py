@@ -28,6 +28,7 @@ QUICK = (
     "cache_reading",
     "frechet",
     "moments_memory",
+    "plan_memory",
     "intervals",
     "islands",
 )

@@ -145,8 +145,8 @@ def advice(plan: Plan) -> Iterator[str]:
     for fit in plan.fits:
         if not fit.fits:
             said.setdefault(_advice(fit), []).append(fit.gpu.title)
-    for text, names in said.items():
-        yield f"{', '.join(names)}: {text}"
+    for text, titles in said.items():
+        yield f"{', '.join(titles)}: {text}"
     other = [fit for fit in plan.fits if fit.sampling != "generate"]
     for way in ("bfloat16", "offloaded", ""):
         names = ", ".join(fit.gpu.title for fit in other if fit.sampling == way)
