@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_parts import tiny_text
+from tests.tiny_parts import clip_tokenizer, t5_tokenizer, tiny_text
 
 from archipel import store
 from archipel.config import Text
@@ -164,3 +164,40 @@ def test_files_that_are_no_encoder_are_damaged(made: dict[str, Path], tmp_path: 
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(DamagedError, match="no text encoder that can be opened"):
         open_text(config, tmp_path)
+
+
+@torch.no_grad()
+def test_whole_models_in_bfloat16_and_shards_give_their_text_side(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A T5 with its decoder and a CLIP with its images, as they are published: the text side is used, in float32."""
+    import transformers
+
+    tokenizer, letters = t5_tokenizer(), clip_tokenizer()
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+    t5.eval().to(torch.bfloat16).save_pretrained(str(tmp_path / "t5"), max_shard_size="20KB")
+    tokenizer.save_pretrained(str(tmp_path / "t5"))
+    sides = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"pad_token_id": 513, "bos_token_id": 512, "eos_token_id": 513}
+    config = transformers.CLIPConfig(
+        text_config={**sides, **ends, "vocab_size": len(letters)},
+        vision_config={**sides, "image_size": 16, "patch_size": 8},
+    )
+    clip = transformers.CLIPModel(config).eval()
+    clip.save_pretrained(str(tmp_path / "clip"))
+    letters.save_pretrained(str(tmp_path / "clip"))
+    assert len(list((tmp_path / "t5").glob("*.safetensors"))) > 1
+    source = f"{tmp_path / 't5'}+{tmp_path / 'clip'}"
+    values = {**resolving.text_values(source), "tokens": 12}
+    files = outside.take_text(resolving.text_places(source), tmp_path / "run", "text")
+    store.write_card(tmp_path / "run", "text", "run", files)
+    capfd.readouterr()
+    found = open_text(Text.model_validate(values), tmp_path / "run").encode(CAPTIONS[:1])
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    given = tokenizer(CAPTIONS[:1], padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+    wanted = t5.float().encoder(**given).last_hidden_state
+    assert torch.allclose(found.tokens[found.mask], wanted[found.mask], atol=1e-5)
+    ids = letters(CAPTIONS[:1], padding="max_length", max_length=77, return_tensors="pt")
+    assert torch.allclose(found.pooled, clip.text_model(**ids).pooler_output, atol=1e-5)

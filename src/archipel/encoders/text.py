@@ -121,14 +121,16 @@ def open_text(config: TextConfig, folder: Path | None = None) -> MiniLM | Transf
 
 @contextlib.contextmanager
 def without_loading_bar() -> Iterator[None]:
-    """transformers draws a bar of its own over ours while it loads; whoever had it on gets it back."""
+    """transformers draws a bar of its own over ours while it loads, and says what it leaves out; it comes back as it was."""
     from transformers.utils import logging as library_logging
 
     logging: Any = library_logging
-    before = logging.is_progress_bar_enabled()
+    before, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of tensors that are of no use here
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if before:
             logging.enable_progress_bar()
