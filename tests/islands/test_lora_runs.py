@@ -250,6 +250,23 @@ def test_weights_in_shards_and_half_precision_are_one_base(tmp_path: Path, make:
         assert value.dtype == torch.float32 and torch.equal(value, network.state_dict()[name].float())
 
 
+def test_what_weights_do_not_know_begins_at_zero(tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    """Given frames and the cluster: columns behind those of the weights."""
+    plain = make_run(tmp_path / "plain", **PIXELS)
+    folder = weights_for(plain, tmp_path / "released")
+    expert = {"weights": str(folder), "network": stated(folder), "tasks": [1, 1, 0, 0]}
+    run = make_run(tmp_path / "run", expert=expert, monolith={"condition": "cluster"}, **PIXELS)
+    bases.take(run)
+    network = bases.begin(run.config, run.base, 0, clusters=2)
+    for name, array in store.map_tensors(run.base / "model.safetensors").items():
+        value = network.network.state_dict()[name].detach().numpy()
+        columns = array.shape[1] if array.ndim > 1 else 0
+        assert np.array_equal(value[:, :columns] if columns else value, array)
+        assert not columns or not value[:, columns:].any()
+    assert network.clusters == 2 and network.image
+    assert network.network.x_embedder.in_features == 2 * 96 + 1
+
+
 def test_weights_of_another_network_are_refused_when_they_are_taken(tmp_path: Path, make: Callable[..., Run]) -> None:
     plain = make(tmp_path / "plain")
     folder = weights_for(plain, tmp_path / "released")
