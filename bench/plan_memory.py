@@ -114,7 +114,7 @@ def run(small: bool = False) -> dict[str, Any]:
     with common.Benchmark(
         "plan_memory", "memory of a training step, predicted and measured", ("torch", "diffusers")
     ) as b:
-        for case, given in CASES.items():
+        for case, given in list(CASES.items())[: 1 if small else None]:
             words = dict(given)
             of = settings(SMALL if small else LARGE, words.pop("backbone", "flux"))
             steps, switches = Steps(of), Switches("float32", **words)

@@ -61,6 +61,14 @@ def test_memory_of_moments_is_measured_in_processes_of_their_own() -> None:
 
 
 @pytest.mark.slow
+def test_a_planned_steps_memory_is_measured_in_processes_of_their_own() -> None:
+    record = importlib.import_module("bench.plan_memory").run(small=True)
+    check(record, "plan_memory", set())
+    ((row, *_),) = record["tables"].values()
+    assert row["predicted / allocated"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
 def test_representations_are_compared_at_equal_flops() -> None:
     module = importlib.import_module("bench.representation")
     arms = ["pca 4x8x8 C=64 gamma .5", "pixels 4x8x8 x0"]

@@ -129,7 +129,7 @@ def _gpus(plan: Plan) -> Table:
             fit.gpu.title,
             "[green]fits" if fit.fits else "[red]does not fit",
             hours(found["expert"]),
-            f"{found['gpu_hours']:,.3g}" if found["gpu_hours"] < 100 else f"{found['gpu_hours']:,.0f}",
+            gpu_hours(found["gpu_hours"]),
             _way(fit),
         )
     return table
@@ -194,3 +194,9 @@ def hours(value: float) -> str:
     if value >= 1:
         return f"{value:,.1f} h" if value < 100 else f"{value:,.0f} h"
     return f"{value * 60:.0f} min" if value >= 1 / 60 else "under 1 min"
+
+
+def gpu_hours(value: float) -> str:
+    if value < 0.01:
+        return "under 0.01"
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
