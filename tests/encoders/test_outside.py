@@ -156,9 +156,12 @@ def test_a_hub_id_comes_from_the_hubs_cache_when_there_is_no_network(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     values = resolving.codec_values("some/thing")
-    assert values["path"] == "some/thing" and values["sha256"] == "" and values["channels"] == 16
-    outside.take("some/thing", ("vae",), tmp_path / "run", "codec")
-    assert resolving.codec_values("some/thing:vae")["patch"] == values["patch"]
+    commit = "a" * 40  # what main is today: tomorrow's must not be taken
+    assert values["path"] == f"some/thing@{commit}" and values["sha256"] == "" and values["channels"] == 16
+    outside.take(values["path"], ("vae",), tmp_path / "run", "codec")
+    part = resolving.codec_values("some/thing:vae")
+    assert part["path"] == f"some/thing@{commit}:vae" and part["patch"] == values["patch"]
+    assert resolving.codec_values(part["path"]) == part
     with pytest.raises(ArchipelError, match=r"no/thing.* copy it over by hand"):
         resolving.codec_values("no/thing")
 

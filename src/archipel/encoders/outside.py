@@ -71,9 +71,17 @@ def exists(source: str) -> bool:
     return Path(source).expanduser().exists()
 
 
-def absolute(source: str) -> str:
-    """A folder made absolute, so that any working directory will do; hub ids as they are."""
-    return source if not source or is_hub_id(source) else os.path.abspath(Path(source).expanduser())  # noqa: PTH100
+def settled(source: str, place: Place) -> str:
+    """``source`` as ``run.toml`` has it: a folder made absolute, so that any working directory will do; a hub id with the commit
+    that ``place`` was found in, so that what is read at `init` is what *prepare* takes."""
+    if not is_hub_id(source):
+        return os.path.abspath(Path(source).expanduser())  # noqa: PTH100 - keeps links
+    found = _HUB_ID.fullmatch(source)
+    assert found is not None
+    name, revision, sub = found.groups()
+    parts = place.folder.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else revision
+    return f"{name}@{commit}" + (f":{sub}" if sub else "")
 
 
 def find(source: str, parts: Sequence[str], what: str, *, weights: bool = False) -> list[Place]:

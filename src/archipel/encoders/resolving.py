@@ -114,7 +114,7 @@ def codec_values(source: str) -> dict[str, Any]:
     patch, channels, causal = autoencoder_shape(config, source)
     return {
         "kind": "autoencoder",
-        "path": outside.absolute(source),
+        "path": outside.settled(source, place),
         "model": str(config["_class_name"]),
         "patch": list(patch),
         "channels": channels,
@@ -194,11 +194,16 @@ def text_values(source: str) -> dict[str, Any]:
                 outside.tokenizer_files(place, "text")
     return {
         "encoder": together,
-        "path": "+".join(outside.absolute(part) for part in parts),
+        "path": "+".join(outside.settled(part, _of(places, part)) for part in parts),
         "width": width,
         "pooled_width": kinds.get("clip", width),
         "sha256": "" if any(map(outside.is_hub_id, parts)) else _sha256(parts[0], encoders, "text"),
     }
+
+
+def _of(places: Mapping[str, Place], source: str) -> Place:
+    """One of the places that were found in ``source``."""
+    return next(place for place in places.values() if place.said == source or place.said.startswith(f"{source} ("))
 
 
 # --- weights of a transformer ------------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ def weights_values(source: str) -> dict[str, Any]:
         network["_schedule"] = _stated(outside.read_config(others[0], "weights", "scheduler_config.json"))
     return {
         "backbone": names[str(found)],
-        "weights": outside.absolute(source),
+        "weights": outside.settled(source, place),
         "network": network,
         "weights_sha256": _sha256(source, [place], "weights"),
     }
