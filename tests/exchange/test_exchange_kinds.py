@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, WanPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel, LTXPipeline, WanPipeline
 from PIL import Image
 from tests.ensemble import conftest as small
 from tests.exchange.makers import adapted_run, outside_run
@@ -183,6 +183,45 @@ def test_one_expert_alone_opens_in_diffusers_own_pipeline(wan: Run, tmp_path: Pa
     assert np.abs(levels(theirs) - ours.clips).max() <= 1 and ours.clips.std() > 5
 
 
+def test_an_expert_alone_in_the_pipeline_of_ltx(tmp_path: Path) -> None:
+    """With a time shift, which this pipeline leaves to the scheduler's own."""
+    sizes = {"in_channels": 8, "out_channels": 8, "caption_channels": 32, "num_layers": 6}
+    run = outside_run(tmp_path / "run", "ltx", "ltx", "t5", "sample.shift=2.0", **sizes)
+    assert single.export(run.root, tmp_path / "alone", "1").pipeline == "LTXPipeline"
+    pipe = LTXPipeline.from_pretrained(tmp_path / "alone")
+    pipe.set_progress_bar_config(disable=True)
+    ours = Archipelago.load(run.root).generate(PROMPTS, strategy="expert-1", guidance=2.5, seeds=2)
+    noise = torch.from_numpy(draws.clip_noise([2, 3], (8, 3, 4, 4)))
+    away = {
+        "negative_prompt_embeds": torch.zeros(2, 16, 32),
+        "negative_prompt_attention_mask": torch.zeros(2, 16).bool(),
+    }
+    theirs = pipe(
+        PROMPTS, height=32, width=32, num_frames=9, frame_rate=4.0, num_inference_steps=3, guidance_scale=2.5,
+        latents=LTXPipeline._pack_latents(noise, 1, 1), max_sequence_length=16, output_type="np", **away,
+    ).frames  # fmt: skip
+    assert np.abs(levels(theirs) - ours.clips).max() <= 1 and ours.clips.std() > 5
+
+
+def test_an_expert_alone_in_the_pipeline_of_flux_makes_pictures(tmp_path: Path) -> None:
+    sizes = {
+        "in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 24, "num_layers": 2, "num_single_layers": 4,
+    }  # fmt: skip
+    sets = ["expert.patch=2", "clips.frames=1", "evaluate.frames=1", "sample.shift=2.0"]
+    run = outside_run(tmp_path / "run", "flux", "kl", "t5+clip", *sets, **sizes)
+    assert single.export(run.root, tmp_path / "alone", "1").pipeline == "FluxPipeline"
+    pipe = FluxPipeline.from_pretrained(tmp_path / "alone")
+    pipe.set_progress_bar_config(disable=True)
+    ours = Archipelago.load(run.root).generate(PROMPTS, strategy="expert-1", guidance=2.5, seeds=2)
+    noise = torch.from_numpy(draws.clip_noise([2, 3], (4, 1, 4, 4)))[:, :, 0]
+    away = {"negative_prompt_embeds": torch.zeros(2, 16, 32), "negative_pooled_prompt_embeds": torch.zeros(2, 24)}
+    theirs = pipe(
+        PROMPTS, height=32, width=32, num_inference_steps=3, true_cfg_scale=2.5, max_sequence_length=16, output_type="np",
+        latents=FluxPipeline._pack_latents(noise, 2, 4, 4, 4), **away,
+    ).images  # fmt: skip
+    assert np.abs(levels(theirs) - ours.clips[:, 0]).max() <= 1 and ours.clips.std() > 5
+
+
 def test_one_expert_alone_comes_back_in(wan: Run, tmp_path: Path) -> None:
     own = Run.open(shutil.copytree(wan.root, tmp_path / "own"))
     single.export(own.root, tmp_path / "alone", "1")
@@ -210,3 +249,20 @@ def test_what_diffusers_has_no_pipeline_for_is_said(whole: Run, wan: Run, tmp_pa
     with pytest.raises(ArchipelError, match="has 0, 1 and monolith"):
         single.export(wan.root, tmp_path / "alone", "7")
     assert not (tmp_path / "alone").exists()
+
+
+def test_an_adapter_alone_is_merged_into_its_base(adapted: tuple[Run, Path], tmp_path: Path) -> None:
+    from archipel.backbones.flux import FluxDenoiser
+    from archipel.ensemble.parts import open_source
+    from archipel.exchange.adapted import write_merged
+
+    run, _ = adapted
+    write_merged(open_source(run.root), run.expert("1"), tmp_path / "merged")
+    model = Archipelago.load(run.root)
+    ours = model.parts.denoiser("1")
+    facts = {key: value for key, value in ours.facts.items() if key != "lora"}
+    cond, _ = model.encode(PROMPTS)
+    x, t = torch.randn(2, 192, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        found = FluxDenoiser(FluxTransformer2DModel.from_pretrained(tmp_path / "merged"), facts)(x, t, cond)
+        torch.testing.assert_close(found, ours(x, t, cond), rtol=1e-4, atol=1e-5)

@@ -33,6 +33,12 @@ _PIPELINES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"image_encoder": [None, None], "feature_extractor": [None, None]},
     ),
 }
+# What else of the null text a pipeline takes.
+_BESIDE = {
+    "WanPipeline": "",
+    "LTXPipeline": " and negative_prompt_attention_mask",
+    "FluxPipeline": " and negative_pooled_prompt_embeds",
+}
 
 
 @dataclass
@@ -129,16 +135,21 @@ def _scheduler(target: Path, config: RunConfig, kind: str) -> tuple[sides.Entry,
 
 
 def _notes(config: RunConfig, kind: str) -> list[str]:
-    tokens, scale = config.text.tokens, config.sample.guidance
-    more = {} if kind == "FluxPipeline" else {"num_frames": config.clips.frames, "frame_rate": config.clips.fps}
-    if kind == "WanPipeline":
-        more.pop("frame_rate")
-    asked = {"height": config.clips.size, "width": config.clips.size, **more, "max_sequence_length": tokens}
+    """How to call the pipeline for what the run's own sampling does."""
+    scale = config.sample.guidance
+    asked: dict[str, Any] = {"height": config.clips.size, "width": config.clips.size}
+    if kind != "FluxPipeline":
+        asked["num_frames"] = config.clips.frames
+    if kind == "LTXPipeline":
+        asked["frame_rate"] = config.clips.fps
+    asked["max_sequence_length"] = config.text.tokens
     told = ", ".join(f"{key}={json.dumps(value)}" for key, value in asked.items())
-    notes = [f"call it with {told}, guidance_scale={scale:g}"]
-    if scale != 1 and kind != "FluxPipeline":
+    guided = "true_cfg_scale" if kind == "FluxPipeline" else "guidance_scale"
+    notes = [f"call it with {told}, {guided}={scale:g}"]
+    if scale != 1:
+        zeros = "negative_prompt_embeds" + _BESIDE[kind]
         notes.append(
-            "guidance was trained away from an empty text of zeros: negative_prompt_embeds of zeros gives the frames of "
-            "`archipel generate`, a negative prompt of words others"
+            f"guidance was trained away from a text of zeros: {zeros} of zeros give the frames of `archipel generate`, a "
+            "negative prompt of words gives other ones"
         )
     return notes
