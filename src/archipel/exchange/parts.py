@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,8 +22,6 @@ class BlockCodec(_Model, ConfigMixin):  # type: ignore[misc]
     ``encode`` and ``decode``: clips (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, T, H, W), in float32 always: principal
     components rounded to 16 bits would cost more than the codec does.
     """
-
-    _keep_in_fp32_modules: ClassVar[Any] = ["mean", "basis", "sigma", "scale"]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -60,6 +58,18 @@ class BlockCodec(_Model, ConfigMixin):  # type: ignore[misc]
         made.load_state_dict({name: torch.tensor(value) for name, value in codec.tensors().items()})
         made.eval()
         return made
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> BlockCodec:
+        """As any model of diffusers, but for the dtype, which stays float32."""
+        for key in ("torch_dtype", "dtype"):
+            kwargs.pop(key, None)
+        return cast(BlockCodec, super().from_pretrained(*args, **kwargs))
+
+    def to(self, *args: Any, **kwargs: Any) -> BlockCodec:
+        """To a device; a dtype is not taken, see the class."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return self if device is None else cast(BlockCodec, super().to(device))
 
     @property
     def codec(self) -> PatchPCA | Pixels:
