@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from tests.ensemble import conftest as small
 from tests.tiny import tiny_transformer
 from tests.tiny_parts import tiny_autoencoder, tiny_text
@@ -48,6 +49,8 @@ def outside_run(root: Path, kind: str, codec: str, text: str, *sets: str, **tran
     tiny_autoencoder(parts / "vae", codec)
     tiny_text(parts, text)
     tiny_transformer(kind, parts / "transformer", **transformer)
+    if kind == "cogvideox":  # its weights mean nothing without their schedule
+        CogVideoXDDIMScheduler(prediction_type="v_prediction").save_pretrained(parts / "scheduler")
     small_router = [
         "router.width=16",
         "router.heads=1",

@@ -243,6 +243,23 @@ def test_two_text_encoders_go_out(tmp_path: Path) -> None:
     same_frames(run, open_quietly(tmp_path / "out"), "top2")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "sizes"),
+    [
+        ("hunyuan", "t5+clip", {"text_embed_dim": 32, "pooled_projection_dim": 24, "num_layers": 4}),
+        ("cogvideox", "t5", {"text_embed_dim": 32, "num_layers": 6, "max_text_seq_length": 16}),
+    ],
+)
+def test_backbones_without_a_pipeline_of_their_own_go_out_whole(
+    tmp_path: Path, kind: str, text: str, sizes: dict[str, Any]
+) -> None:
+    run = outside_run(tmp_path / "run", kind, kind, text, **sizes)
+    export(run.root, tmp_path / "out")
+    same_frames(run, open_quietly(tmp_path / "out"), "full")
+    with pytest.raises(ArchipelError, match=f"diffusers has no pipeline for {kind}"):
+        single.export(run.root, tmp_path / "alone", "0")
+
+
 def test_what_diffusers_has_no_pipeline_for_is_said(whole: Run, wan: Run, tmp_path: Path) -> None:
     with pytest.raises(ArchipelError, match=r"FluxPipeline takes text\.encoder = 't5\+clip', and the run has 'minilm'"):
         single.export(whole.root, tmp_path / "alone", "0")
