@@ -15,10 +15,13 @@ for _loud in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
     logging.getLogger(_loud).setLevel(logging.ERROR)
 
 
+_LAZY = {"Archipelago": "archipel.ensemble.pipeline", "ArchipelPipeline": "archipel.exchange.pipeline"}
+
+
 def __getattr__(name: str) -> object:
-    """``archipel.ArchipelPipeline``, imported when it is first asked for."""
-    if name == "ArchipelPipeline":
+    """``archipel.Archipelago`` and ``archipel.ArchipelPipeline``, imported when they are first asked for."""
+    if name in _LAZY:
         from importlib import import_module
 
-        return import_module("archipel.exchange.pipeline").ArchipelPipeline
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'archipel' has no attribute {name!r}")

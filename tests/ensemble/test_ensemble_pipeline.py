@@ -108,6 +108,8 @@ def test_defaults_come_from_run_toml(model: Archipelago) -> None:
         "shift": 1.0,
         "composition": "mixture-of-guided",
         "threshold": 0.1,
+        "router_every": 1,
+        "router_until": None,
     }
     seen: list[int] = []
     model.generate("a red ball", steps=5, solver="heun", on_step=lambda i, n, x, t: seen.append(n))

@@ -1,4 +1,4 @@
-"""What a run trained and fitted, loaded on demand, from wherever it lies.
+"""What a run trained and fitted, loaded on demand, from wherever it lies; where there is a bound on memory, let go again.
 
 A ``Source`` says what is there and hands out folders on this disk; ``RunFolder`` is a run's own folder,
 ``archipel.islands.remote.BucketRun`` fetches what an owner admitted. Nothing here knows about buckets: this package lies
@@ -19,13 +19,17 @@ from torch import Tensor
 from archipel import store
 from archipel.config import RunConfig
 from archipel.contracts import Codec, Conditioning, Posterior, TextEncoder, Velocity
-from archipel.errors import ArchipelError, MissingStageError
+from archipel.ensemble.shelf import Shelf
+from archipel.errors import ArchipelError, DamagedError, MissingStageError
 from archipel.routing.router import CALIBRATION, load_router, read_calibration
 from archipel.run import DAMAGED, ROUTER, Run
 
 if TYPE_CHECKING:
     from archipel.backbones.lora import Bank
 
+PIPELINE = "archipel.exchange.loaded:open_parts"
+"""``open_parts(folder, device) -> Parts`` for folders that ``archipel export`` wrote, as ``module:function``."""
+EXPORTED = "model_index.json"  # a folder that holds it is an export
 OPENER = "archipel.islands.remote:open_source"
 """``open_source(url, run_id) -> Source`` for runs that are no folders, as ``module:function``."""
 PUBLISHED = "published.json"  # a folder that holds it is a bucket on this disk, not a run's folder
@@ -132,15 +136,44 @@ def open_source(where: Path | str, run_id: str | None = None) -> Source:
     return RunFolder(run)
 
 
-class Parts:
-    """Codec, text encoder, router and experts of a source. What was loaded is kept until another version is there."""
+def open_parts(
+    where: Path | str,
+    device: str = "cpu",
+    *,
+    run_id: str | None = None,
+    memory: int | None = None,
+    host: int | None = 0,
+) -> Parts:
+    """The parts of a run's folder, of a bucket, or of an export. Raises ArchipelError where there is no run, or not ``run_id``."""
+    if "://" in str(where) or not (Path(where) / EXPORTED).is_file():
+        return Parts(open_source(where, run_id), device, memory=memory, host=host)
+    if memory is not None:
+        raise ArchipelError(f"{where} is an export, which is loaded whole: a bound on memory is for runs and buckets")
+    parts = cast(Parts, pkgutil.resolve_name(PIPELINE)(where, device))
+    if run_id is not None and not parts.run_id.startswith(run_id):
+        raise ArchipelError(f"{where} was exported from the run {parts.run_id[:12]}, not from {run_id[:12]}")
+    return parts
 
-    def __init__(self, source: Run | Source, device: str = "cpu") -> None:
+
+class Parts:
+    """Codec, text encoder, router and experts of a source. What was loaded is kept until another version is there.
+
+    memory: bytes of networks on the device at a time, None for no bound; host: bytes of those that left a GPU, kept in the host's
+    memory (see ``shelf``). With a bound threads take turns at networks, and a clip whose expert was replaced on disk while it
+    was on its way ends with an error.
+    """
+
+    def __init__(
+        self, source: Run | Source, device: str = "cpu", *, memory: int | None = None, host: int | None = 0
+    ) -> None:
+        if memory is not None and memory < 1:
+            raise ArchipelError(f"memory = {memory} cannot be used: give a number of bytes, or None for no bound")
         self.source: Source = RunFolder(source) if isinstance(source, Run) else source
         self.device = device
         self._known: dict[str, str] | None = None
-        self._loaded: dict[tuple[str, str], object] = {}
-        self._lock = threading.RLock()
+        self.shelf = Shelf(memory, host, device)
+        self._cards: dict[tuple[str, str], str] = {}
+        self.lock = threading.RLock()
 
     @property
     def run(self) -> Run:
@@ -149,6 +182,10 @@ class Parts:
     @property
     def config(self) -> RunConfig:
         return self.run.config
+
+    @property
+    def run_id(self) -> str:
+        return self.run.id
 
     @cached_property
     def codec(self) -> Codec:
@@ -169,43 +206,79 @@ class Parts:
         def load(folder: Path) -> Posterior:
             return load_router(self.run, folder, uncalibrated=self.source.uncalibrated).to(self.device)
 
-        return cast(Posterior, self._load(ROUTER, load))
+        return cast(Posterior, self._load(ROUTER, load, pinned=True))
 
     def expert(self, name: str) -> Velocity:
         """An expert or the monolith; loaded when it is first called, and the same bytes from then on."""
         return _Lazy(self, name)
 
-    def denoiser(self, name: str) -> Velocity:
-        """A trained network, loaded now. Where experts are adapters, they share the base's memory and take turns on it."""
+    def denoiser(self, name: str, version: str | None = None) -> Velocity:
+        """A trained network, loaded now. Where experts are adapters, they share the base's memory and take turns on it.
+
+        ``version``: the one that a clip began with. Raises ArchipelError where that one is there no more.
+        """
         from archipel.backbones.registry import load_denoiser
 
         def load(folder: Path) -> Velocity:
             if self.config.expert.lora_rank:
-                return self._bank.load(folder)
+                return self._bank().load(folder)
             return cast(Velocity, load_denoiser(folder).eval().to(self.device))
 
-        return cast(Velocity, self._load(name, load))
+        with self.lock:
+            if self.config.expert.lora_rank:
+                self._bank()  # takes its place before an adapter does
+            return cast(Velocity, self._load(name, load, version))
 
-    @cached_property
     def _bank(self) -> Bank:
         from archipel.backbones.lora import Bank
         from archipel.training.bases import load
 
-        network, sha256 = load(self.config, self.source.base())
-        return Bank(network.to(self.device), sha256)
+        def make() -> Bank:
+            network, sha256 = load(self.config, self.source.base())
+            return Bank(network.to(self.device), sha256)
 
-    def _load(self, name: str, load: Callable[[Path], object]) -> object:
-        with self._lock:
+        def size() -> int:
+            return _size(self.source.base())
+
+        return cast("Bank", self.shelf.get(("base", ""), make, size, pinned=True))
+
+    def _load(
+        self, name: str, load: Callable[[Path], object], version: str | None = None, *, pinned: bool = False
+    ) -> object:
+        with self.lock:
             self.check([name])
-            version = self.available()[name]
-            if (name, version) not in self._loaded:
-                folder = self.source.folder(name, version)
-                self._loaded[name, version] = load(folder)
-            return self._loaded[name, version]
+            key = (name, version or self.available()[name])
+            adapter = bool(self.config.expert.lora_rank) and name != ROUTER
+
+            def fetch() -> object:
+                if adapter:
+                    self._bank().names()  # what made room leaves the base now
+                return load(self._folder(*key))
+
+            def size() -> int:
+                return _size(self._folder(*key))
+
+            # An adapter's tensors are copied into the base.
+            passing = size() if adapter and self.shelf.bound is not None and key not in self.shelf else 0
+            return self.shelf.get(key, fetch, size, pinned=pinned, passing=passing, measure=not adapter)
+
+    def _folder(self, name: str, version: str) -> Path:
+        """The folder of a version, which is the one that was read before. Raises ArchipelError where it was replaced."""
+        folder = self.source.folder(name, version)
+        try:
+            card = store.sha256_file(folder / "card.json")
+        except FileNotFoundError as error:
+            raise DamagedError(f"{folder} was taken away while a clip was on its way: generate it again") from error
+        if self.shelf.bound is not None and self._cards.setdefault((name, version), card) != card:
+            raise ArchipelError(
+                f"{folder} was replaced while a clip was on its way, and the bound on memory had let go of what it began "
+                "with: generate it again"
+            )
+        return folder
 
     def available(self) -> dict[str, str]:
         """Jobs whose part can be used -> its version, as of the last look."""
-        with self._lock:
+        with self.lock:
             if self._known is None:
                 self._known = self.source.look()
             return self._known
@@ -215,11 +288,11 @@ class Parts:
 
         What was loaded and is gone or replaced is let go; samples that are on their way keep what they began with.
         """
-        with self._lock:
+        with self.lock:
             before, now = self._known or {}, self.source.look(fresh=fresh)
             self._known = now
-            for name, version in [key for key in self._loaded if now.get(key[0]) != key[1]]:
-                del self._loaded[name, version]
+            for name, version in [key for key in self.shelf.held() if key[1] and now.get(key[0]) != key[1]]:
+                self.shelf.drop((name, version))
             return [name for name, version in now.items() if before.get(name) != version]
 
     def check(self, names: Sequence[str]) -> None:
@@ -237,22 +310,48 @@ class Parts:
         return self.codec.latent_shape(clips.frames, clips.size, clips.size)
 
 
+def _size(folder: Path) -> int:
+    """Bytes of a folder's weights, as their file has them and as they are loaded."""
+    try:
+        return (folder / "model.safetensors").stat().st_size
+    except OSError:
+        return 0  # whoever loads it says what is wrong
+
+
 class _Lazy:
-    """A part's velocity, loaded at its first call and held: a clip is never begun by one version and ended by another."""
+    """A part's velocity, loaded at its first call and held: a clip is never begun by one version and ended by another.
+
+    Where memory is bounded it is asked for at every call, in the version that it began with, and used under the lock.
+    """
 
     def __init__(self, parts: Parts, name: str) -> None:
         self._parts, self._name = parts, name
+        self._version: str | None = None
         self._network: Velocity | None = None
+
+    @property
+    def _bounded(self) -> bool:
+        return self._parts.shelf.bound is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is in memory now."""
+        return not self._bounded or (self._name, self._version) in self._parts.shelf
 
     @property
     def adapted(self) -> Velocity | None:
         """The expert itself where it is an adapter, which others on its base can be asked together with."""
-        if not self._parts.config.expert.lora_rank:
+        if self._bounded or not self._parts.config.expert.lora_rank:
             return None
         return self._held()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self._held()(x, t, cond)
+        if not self._bounded:
+            return self._held()(x, t, cond)
+        with self._parts.lock:
+            self._parts.check([self._name])
+            self._version = self._version or self._parts.available()[self._name]
+            return self._parts.denoiser(self._name, self._version)(x, t, cond)
 
     def _held(self) -> Velocity:
         if self._network is None:

@@ -7,20 +7,30 @@ that are missing are left out and named; those that arrive later are used from t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from archipel.contracts import Conditioning, Posterior, Velocity
-from archipel.ensemble import strategies
+from archipel.ensemble import provenance, strategies
+from archipel.ensemble.generated import Generated
 from archipel.ensemble.images import check_given, read_frames
-from archipel.ensemble.parts import Parts, open_source
-from archipel.ensemble.settings import MAX_PROMPT, Settings, check_clusters, check_prompts, check_seeds, parse_strategy
+from archipel.ensemble.parts import Parts, open_parts
+from archipel.ensemble.settings import (
+    MAX_PROMPT,
+    Settings,
+    check_clusters,
+    check_prompts,
+    check_seeds,
+    first_seed,
+    parse_strategy,
+)
+from archipel.ensemble.sparing import Spared
 from archipel.errors import ArchipelError, MissingStageError
 from archipel.flow import draws, given, samplers
 from archipel.run import DAMAGED, MONOLITH, ROUTER
@@ -50,38 +60,37 @@ class Lineup:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Clips uint8 (N, F, H, W, 3), frames per second, and how they came about.
-
-    weights: float32 (N, S, K), the share of each expert at the beginning of each step; None for the monolith.
-    expert_rows: rows that went through an expert, both guidance branches counted: the cost of sampling.
-    """
-
-    clips: np.ndarray
-    fps: float
-    prompts: list[str]
-    seeds: list[int]
-    settings: Settings
-    weights: np.ndarray | None = None
-    expert_rows: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-
 class Archipelago:
-    """A trained run that generates: ``Archipelago.load("runs/emoji").generate(["a red ball bounces"])``."""
+    """A trained run that generates: ``Archipelago.load("runs/emoji").generate("a red ball bounces", seed=1).save("clip.mp4")``."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.config = parts, parts.config
         parts.available()  # so that ``refresh`` can tell what is new
 
     @classmethod
-    def load(cls, where: Path | str, *, device: str = "cpu", run_id: str | None = None) -> Archipelago:
-        """Open a run's folder, or a bucket (``s3://``, ``gs://``, ``az://``, ``file://``: admitted experts only).
+    def load(
+        cls,
+        where: Path | str,
+        *,
+        device: str = "cpu",
+        run_id: str | None = None,
+        memory: int | None = None,
+        host: int | None = 0,
+    ) -> Archipelago:
+        """Open a run's folder, an exported folder, or a bucket (``s3://``, ``gs://``, ``az://``, ``file://``: admitted experts
+        only).
 
+        memory: most bytes of experts, monolith, router and base on ``device`` at a time; they are read when they are needed, and
+        what was used longest ago makes room. host: on a GPU, most bytes of those that made room which are kept in the host's
+        memory instead of being read from disk again (None: all of them). An export is loaded whole.
         Reads ``run.toml`` and which parts there are. Raises ArchipelError where there is no run, or not ``run_id``.
         """
-        return cls(Parts(open_source(where, run_id), device))
+        return cls(open_parts(where, device, run_id=run_id, memory=memory, host=host))
+
+    @property
+    def model(self) -> str:
+        """How the run is called as a model: its backbone, the number of experts, the beginning of its id."""
+        return provenance.model_name(self.config, self.parts.run_id)
 
     def refresh(self) -> list[str]:
         """Look for parts that became available or were replaced; returns their names ("2", "router", ...).
@@ -107,28 +116,60 @@ class Archipelago:
         image: Pictures | None = None,
         last_image: Pictures | None = None,
         batch: int = 16,
+        seed: int | None = None,
+        count: int = 1,
+        router_every: int | None = None,
+        router_until: float | None = None,
         on_step: samplers.OnStep | None = None,
     ) -> Generated:
-        """Clips for ``prompts``, one each. What is not given comes from ``[sample]`` of run.toml.
+        """Clips for ``prompts``, ``count`` of each. What is not given comes from ``[sample]`` of run.toml.
 
-        seeds: one per prompt, or one number s for s, s + 1, ... (default 0). A clip's noise (and its draws) are
+        seeds: one per clip, or one number s for s, s + 1, ... (default 0), which ``seed`` says as well. A clip's noise (and its draws) are
         functions of its seed only, so they do not depend on its batch mates; the rest of the arithmetic may differ in
         the last bits between batch sizes. Same prompts, seeds, batch, build and threads: same bytes.
         clusters: for ``oracle`` (and a monolith that is told the cluster), each clip's cluster. batch: clips at a time.
         image, last_image: a picture that each clip shall begin or end with, where the run was trained for it
-        (``expert.tasks``): a path, a Pillow image or uint8 (h, w, 3), one for all prompts or one each; cut as the run's
+        (``expert.tasks``): a path, a Pillow image or uint8 (h, w, 3), one for all clips or one each; cut as the run's
         clips are.
+        router_every, router_until: ask the router less often than at every step, see ``sparing``.
         on_step(i, n, x, t): see samplers.
         Any non-empty set of experts will do: shares of missing ones go to the others, ``warnings`` say which.
         Raises ArchipelError naming what cannot be used, MissingStageError naming what has to be trained first.
         """
+        given: dict[str, Any] = {"strategy": strategy, "guidance": guidance, "steps": steps, "solver": solver}
+        given |= {"shift": shift, "composition": composition, "threshold": threshold}
+        given |= {"router_every": router_every, "router_until": router_until}
+        pictures = {"image": image, "last_image": last_image}
+        numbers = first_seed(seed, seeds)
+        return Generated.join(
+            [*self.batches(prompts, given, numbers, count, batch, clusters=clusters, on_step=on_step, **pictures)]
+        )
+
+    def batches(
+        self,
+        prompts: Sequence[str] | str,
+        given: Mapping[str, Any] | None = None,
+        seeds: Sequence[int] | int | None = None,
+        count: int = 1,
+        batch: int = 16,
+        *,
+        clusters: Sequence[int] | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
+        on_step: samplers.OnStep | None = None,
+    ) -> Iterator[Generated]:
+        """What ``generate`` returns, a batch at a time as each is finished; ``given``: its settings by name.
+
+        Everything is checked before the first batch is begun, when the first is asked for.
+        """
         if batch < 1:
             raise ArchipelError(f"batch = {batch} cannot be used: give 1 or more")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if count < 1:
+            raise ArchipelError(f"count = {count} cannot be used: give 1 or more")
+        prompts = [one for one in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]
         check_prompts(prompts)
         numbers = check_seeds(seeds, len(prompts))
-        asked = {"strategy": strategy, "guidance": guidance, "steps": steps, "solver": solver, "shift": shift}
-        settings = Settings.of(self.config, **asked, composition=composition, threshold=threshold)
+        settings = Settings.of(self.config, **(given or {}))
         check_given(self.config, image is not None, last_image is not None)
         first = read_frames(image, len(prompts), self.config.clips)
         last = read_frames(last_image, len(prompts), self.config.clips, "last_image")
@@ -136,20 +177,26 @@ class Archipelago:
         lineup = self.lineup(settings, clusters, len(prompts))
         cond, warnings = self.encode(prompts)
         cond = cond.given(self.given(len(prompts), first, last))
-        pieces, traces, rows = [], [], 0
+        said = [*lineup.warnings, *warnings]
         for begin in range(0, len(prompts), batch):
             part = slice(begin, begin + batch)
             own = None if clusters is None else list(clusters)[part]
             latents, trace = self.sample(
                 settings, cond[part], numbers[part], clusters=own, on_step=on_step, lineup=lineup
             )
-            pieces.append(self.decode(latents))
-            traces.append(trace.per_step(settings.solver))
-            rows += sum(trace.rows.values())
-        weights = None if settings.strategy == MONOLITH else np.concatenate(traces)
-        fps = self.config.clips.fps
-        said = [*lineup.warnings, *warnings]
-        return Generated(np.concatenate(pieces), fps, prompts, numbers, settings, weights, rows, said)
+            yield Generated(
+                self.decode(latents),
+                self.config.clips.fps,
+                prompts[part],
+                numbers[part],
+                settings,
+                None if settings.strategy == MONOLITH else trace.per_step(settings.solver),
+                sum(trace.rows.values()),
+                said,
+                trace.router_rows,
+                self.model,
+                self.parts.run_id,
+            )
 
     def lineup(self, settings: Settings, clusters: Sequence[int] | None, clips: int) -> Lineup:
         """Who can take part. Refuses, before any work, what cannot be done: parts without which a strategy makes no
@@ -299,6 +346,9 @@ class Archipelago:
             selects = {"full": strategies.everyone, "threshold": strategies.at_least(settings.threshold)}
             select = selects[kind] if kind in selects else strategies.top_k(lineup.number)
             weighting = strategies.Routed(lineup.router, select, present)
+            if settings.router_every > 1 or settings.router_until is not None:
+                calls = 2 if settings.solver == "heun" else 1
+                weighting = Spared(weighting, settings.router_every, settings.router_until, calls)
         elif kind == "oracle":
             weighting = strategies.one_each(list(clusters or []), k)
         elif kind == "random":

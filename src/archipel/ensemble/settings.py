@@ -22,7 +22,11 @@ CONTROLS = ("uniform", "random", "expert-0")  # beside the strategies of run.tom
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample, checked. ``of`` fills what is not given from ``[sample]`` of run.toml."""
+    """How to sample, checked. ``of`` fills what is not given from ``[sample]`` of run.toml.
+
+    router_every, router_until: ask the router at every n-th step only, and about a clip no more once its likeliest expert has
+    reached this probability (see ``sparing``); off as they stand here. They concern strategies that ask it at every step.
+    """
 
     strategy: str
     steps: int
@@ -31,6 +35,8 @@ class Settings:
     shift: float
     composition: Composition
     threshold: float
+    router_every: int = 1
+    router_until: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, **given: object) -> Settings:
@@ -39,8 +45,8 @@ class Settings:
         if unknown:
             raise ArchipelError(f"{unknown[0]} is not a sampling setting: {', '.join(cls.__dataclass_fields__)}")
         values = {
-            name: given[name] if given.get(name) is not None else getattr(config.sample, name)
-            for name in cls.__dataclass_fields__
+            name: given[name] if given.get(name) is not None else getattr(config.sample, name, about.default)
+            for name, about in cls.__dataclass_fields__.items()
         }
         settings = cls(**values)  # type: ignore[arg-type]
         settings._check(config.partition.k)
@@ -62,6 +68,13 @@ class Settings:
             raise ArchipelError(f"shift = {self.shift} cannot be used: give a number above 0; 1 is off")
         if not 0 < self.threshold < 1:
             raise ArchipelError(f"threshold = {self.threshold} cannot be used: give a number between 0 and 1")
+        every, until = self.router_every, self.router_until
+        if not isinstance(every, int) or not 1 <= every <= MAX_STEPS:
+            raise ArchipelError(
+                f"router_every = {every} cannot be used: give a whole number from 1 (off) to {MAX_STEPS}"
+            )
+        if until is not None and not 0 < until < 1:
+            raise ArchipelError(f"router_until = {until} cannot be used: give a probability between 0 and 1")
 
 
 def parse_strategy(name: str, k: int) -> tuple[str, int]:
@@ -106,6 +119,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ArchipelError(f"{which} holds characters that are not text ({error.reason})") from error
+
+
+def first_seed(seed: int | None, seeds: Sequence[int] | int | None) -> Sequence[int] | int | None:
+    """``seed`` is the first of s, s + 1, ...; ``seeds`` may be one each. Raises ArchipelError where both are given."""
+    if seed is not None and seeds is not None:
+        raise ArchipelError("give seed (the first of s, s + 1, ...) or seeds (one each), not both")
+    return seeds if seed is None else seed
 
 
 def check_seeds(seeds: Sequence[int] | int | None, count: int) -> list[int]:

@@ -107,21 +107,29 @@ class Routed:
 
     def __init__(self, router: Posterior, select: Select, present: Sequence[int] | None = None) -> None:
         self._router, self._select, self._present = router, select, present
+        self.asked = 0  # rows that went through the router, both branches counted
 
     def _kept(self, p: Tensor) -> Tensor:
         kept = self._select(p)  # top-k of more experts than are there would keep some with weight 0
         return kept if self._present is None else kept & _mask(self._present, p)
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
+    def posteriors(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor | None]:
+        """(p(k | x, t, c) over the experts that are there, p(k | x, t, null) or None where it is not wanted), (B, K) each."""
+        self.asked += len(x) * (2 if null else 1)
         if not null:
-            p = restrict(_checked(self._router(x, t, cond)), self._present)
-            w = renormalise(p, self._kept(p))
-            return w, w
+            return restrict(_checked(self._router(x, t, cond)), self._present), None
         doubled = Conditioning.cat([cond, cond.null()])
         p, q = _checked(self._router(torch.cat([x, x]), torch.cat([t, t]), doubled)).chunk(2)
-        p = restrict(p, self._present)
-        kept = self._kept(p)  # chosen by p(k | x, t, c) alone: one set of experts serves both branches
-        return renormalise(p, kept), renormalise(q, kept)
+        return restrict(p, self._present), q
+
+    def weights(self, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(w, n) of what ``posteriors`` gives. One set of experts, chosen by p alone, serves both branches."""
+        kept = self._kept(p)
+        w = renormalise(p, kept)
+        return w, w if q is None else renormalise(q, kept)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
+        return self.weights(*self.posteriors(x, t, cond, null))
 
     def needed(self) -> list[int] | None:
         return None
@@ -221,11 +229,13 @@ def ancestral(
 
 @dataclass
 class Trace:
-    """What a mixture did: per velocity call its time and weights (B, K) float32 on the CPU; rows computed per expert."""
+    """What a mixture did: per velocity call its time and weights (B, K) float32 on the CPU; rows computed per expert, and
+    rows that went through the router."""
 
     times: list[float] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     rows: dict[int, int] = field(default_factory=dict)
+    router_rows: int = 0
 
     def per_step(self, solver: str) -> np.ndarray:
         """Weights at the beginning of every solver step, float32 (B, S, K). Heun calls twice per step but the last."""
@@ -261,17 +271,22 @@ class Mixture:
         if self._trace is not None:
             self._trace.times.append(float(t[0]) if len(t) else 0.0)
             self._trace.weights.append(w.detach().float().cpu())
+            self._trace.router_rows = int(getattr(self._weighting, "asked", 0))
         v = torch.zeros_like(x)
         groups = [(k, ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]) for k in range(len(self._experts))]
         asked = [(k, rows) for k, rows in groups if len(rows)]
-        parts = in_one_pass(self._experts, asked, x, t, cond, a, b)
-        for number, (k, rows) in enumerate(asked):
-            part = (
-                combine(self._experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
-                if parts is None
-                else parts[number]
-            )
-            v.index_add_(0, rows, part.to(v.dtype))
+        together = in_one_pass(self._experts, asked, x, t, cond, a, b)
+        parts: list[Tensor | None] = [None] * len(asked) if together is None else [*together]
+        # Those in memory first, so that experts that take turns there (see ``shelf``) are not fetched twice a step; the sum is
+        # in the order of their numbers always, for the same bits.
+        for number, (k, rows) in sorted(
+            enumerate(asked), key=lambda one: not getattr(self._experts[one[1][0]], "ready", True)
+        ):
+            if parts[number] is None:
+                parts[number] = combine(self._experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
             if self._trace is not None:
                 self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self._scale in (0, 1) else 2)
+        for (_, rows), part in zip(asked, parts, strict=True):
+            assert part is not None
+            v.index_add_(0, rows, part.to(v.dtype))
         return v

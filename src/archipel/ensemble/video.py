@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from archipel import store
+from archipel.ensemble import provenance
+from archipel.ensemble.provenance import Note
 from archipel.errors import ArchipelError
 
 Resample = Literal["nearest", "bicubic"]
@@ -53,7 +56,7 @@ def _even(clip: np.ndarray) -> np.ndarray:
     return np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
 
 
-def _mp4(path: Path, clip: np.ndarray, fps: float) -> None:
+def _mp4(path: Path, clip: np.ndarray, fps: float, note: Note | None = None) -> None:
     import av
 
     if "libx264" not in av.codecs_available:
@@ -62,6 +65,8 @@ def _mp4(path: Path, clip: np.ndarray, fps: float) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     flags = {"fflags": "+bitexact", "movflags": "+faststart"}  # bitexact: no version or date in the file
     with av.open(str(path), "w", format="mp4", container_options=flags) as container:
+        if note is not None:
+            container.metadata["comment"] = provenance.text(note)
         stream: Any = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.options = {"crf": "12", "preset": "medium", "threads": "1", "flags": "+bitexact"}
@@ -95,12 +100,14 @@ def _durations(frames: int, fps: float, kind: str) -> list[int]:
     return [max(after - before, 2 if kind == "GIF" else 1) * unit for before, after in itertools.pairwise(edges)]
 
 
-def _webp(path: Path, clip: np.ndarray, fps: float, lossless: bool = True) -> None:
+def _webp(path: Path, clip: np.ndarray, fps: float, note: Note | None = None, lossless: bool = True) -> None:
     # A frame that equals the one before it is stored by libwebp as a longer frame: it looks the same when played.
-    _pillow(path, clip, fps, "WEBP", lossless=lossless, quality=80, method=4, minimize_size=False, allow_mixed=False)
+    more = {} if note is None else {"xmp": provenance.xmp(note)}
+    options = {"quality": 80, "method": 4, "minimize_size": False, "allow_mixed": False}
+    _pillow(path, clip, fps, "WEBP", lossless=lossless, **options, **more)
 
 
-def _gif(path: Path, clip: np.ndarray, fps: float) -> None:
+def _gif(path: Path, clip: np.ndarray, fps: float, note: Note | None = None) -> None:
     from PIL import Image
 
     # One palette for all frames (colours would flicker otherwise), from all frames side by side.
@@ -116,18 +123,24 @@ def _gif(path: Path, clip: np.ndarray, fps: float) -> None:
         loop=0,
         optimize=False,
         disposal=1,
+        **({} if note is None else {"comment": provenance.text(note).encode("ascii")}),
     )
 
 
-_WRITERS: dict[str, Callable[[Path, np.ndarray, float], None]] = {".mp4": _mp4, ".webp": _webp, ".gif": _gif}
+_WRITERS: dict[str, Callable[[Path, np.ndarray, float, Note | None], None]] = {
+    ".mp4": _mp4,
+    ".webp": _webp,
+    ".gif": _gif,
+}
 
 
 def frame_name(number: int) -> str:
     return f"frame-{number:04d}.png"
 
 
-def _frames(folder: Path, clip: np.ndarray) -> None:
+def _frames(folder: Path, clip: np.ndarray, note: Note | None = None) -> None:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     if folder.is_file():
         raise ArchipelError(f"{folder} is a file: frames go into a folder; choose another name")
@@ -135,9 +148,12 @@ def _frames(folder: Path, clip: np.ndarray) -> None:
     if others:
         raise ArchipelError(f"{folder} holds other files ({others[0]}): frames go into a folder of their own")
     names = [frame_name(number) for number in range(len(clip))]
+    about = PngInfo()
+    if note is not None:
+        about.add_text("Comment", provenance.text(note))
     for name, frame in zip(names, clip, strict=True):
         with store.aside(folder / name) as temporary:
-            Image.fromarray(frame).save(temporary, "PNG")
+            Image.fromarray(frame).save(temporary, "PNG", pnginfo=about)
     for left in set(folder.glob("frame-*.png")) - {folder / name for name in names}:
         left.unlink()  # of a longer clip written here before
 
@@ -161,11 +177,13 @@ def write(
     scale: int = 1,
     resample: Resample = "nearest",
     lossless: bool = True,
+    note: Note | None = None,
 ) -> Path:
     """Write uint8 (F, H, W, 3) as the suffix says: .mp4, .webp, .gif; without a suffix a folder of PNG frames.
 
     Written aside and renamed, so a reader never sees half a file, and what was there is kept when writing fails.
-    ``lossless`` is for WebP. MP4 is H.264 in yuv420p; an odd side gets its last row or column twice.
+    ``lossless`` is for WebP. ``note``: what the file's metadata say (see ``provenance``).
+    MP4 is H.264 in yuv420p; an odd side gets its last row or column twice.
     Raises ArchipelError for an unknown suffix (naming those that work), an unusable clip, or a place that cannot be
     written to.
     """
@@ -175,13 +193,13 @@ def write(
     large = enlarge(clip, scale, resample)
     try:
         if not path.suffix:
-            _frames(path, large)
+            _frames(path, large, note)
         else:
             with store.aside(path) as temporary:
                 if path.suffix.lower() == ".webp":
-                    _webp(temporary, large, fps, lossless)
+                    _webp(temporary, large, fps, note, lossless)
                 else:
-                    _WRITERS[path.suffix.lower()](temporary, large, fps)
+                    _WRITERS[path.suffix.lower()](temporary, large, fps, note)
     except OSError as error:
         raise ArchipelError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
@@ -195,6 +213,35 @@ def names_of(path: Path | str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number:03d}{path.suffix}") for number in range(count)]
 
 
-def write_clips(path: Path | str, clips: np.ndarray, fps: float, *, scale: int = 1) -> list[Path]:
-    """Write clips uint8 (N, F, H, W, 3) under the names of ``names_of``; returns them. Errors as ``write``."""
-    return [write(name, clip, fps, scale=scale) for name, clip in zip(names_of(path, len(clips)), clips, strict=True)]
+def write_clips(
+    path: Path | str,
+    clips: np.ndarray,
+    fps: float,
+    *,
+    scale: int = 1,
+    notes: Sequence[Note] | None = None,
+) -> list[Path]:
+    """Write clips uint8 (N, F, H, W, 3) under the names of ``names_of``, with a note each; returns them. Errors as ``write``."""
+    names = names_of(path, len(clips))
+    told = [None] * len(names) if notes is None else notes
+    return [write(name, clip, fps, scale=scale, note=note) for name, clip, note in zip(names, clips, told, strict=True)]
+
+
+def grid(clips: np.ndarray, gap: int = 1) -> np.ndarray:
+    """One clip uint8 (F, H', W', 3) of clips (N, F, H, W, 3) side by side, row by row, as near to a square as N allows.
+
+    ``gap``: pixels between them, in black, as are the places that stay empty. Raises ArchipelError where it gets too large.
+    """
+    if clips.ndim != 5 or len(clips) < 1:
+        raise ArchipelError(f"a grid is made of clips uint8 (N, frames, height, width, 3), not of {clips.shape}")
+    columns = math.ceil(math.sqrt(len(clips)))
+    rows = math.ceil(len(clips) / columns)
+    F, H, W = clips.shape[1:4]
+    height, width = rows * (H + gap) - gap, columns * (W + gap) - gap
+    if max(height, width) > MAX_SIDE:
+        raise ArchipelError(f"a grid of {len(clips)} clips has {width}x{height} pixels; the largest side is {MAX_SIDE}")
+    made = np.zeros((F, height, width, 3), np.uint8)
+    for number, clip in enumerate(clips):
+        y, x = (number // columns) * (H + gap), (number % columns) * (W + gap)
+        made[:, y : y + H, x : x + W] = clip
+    return made

@@ -81,11 +81,12 @@ class LoadedParts(Parts):
         turn: Callable[[str], None],
         device: str,
         adapters: Mapping[str, Any] | None = None,
+        where: str = "the exported folder",
     ) -> None:
         self._facts, self._config, self._components, self._turn = facts, config, dict(components), turn
         self._adapters = dict(adapters or {})
         names = [*facts.get("experts", {}), *(name for name in ("monolith", ROUTER) if self._has(name))]
-        super().__init__(cast(Any, Nowhere("the exported folder", names)), device)
+        super().__init__(cast(Any, Nowhere(where, names)), device)
 
     def _has(self, name: str) -> bool:
         return name in self._adapters or self._components.get(name) is not None
@@ -93,6 +94,10 @@ class LoadedParts(Parts):
     @property
     def config(self) -> RunConfig:
         return self._config
+
+    @property
+    def run_id(self) -> str:
+        return str(self._facts.get("run", ""))
 
     @property
     def codec(self) -> Codec:
@@ -122,7 +127,7 @@ class LoadedParts(Parts):
             return cast(Velocity, _Absent(self, name))
         return self.denoiser(name)
 
-    def denoiser(self, name: str) -> Velocity:
+    def denoiser(self, name: str, version: str | None = None) -> Velocity:
         self.check([name])
         if name in self._adapters:
             network = self._components["transformer"]
@@ -145,3 +150,14 @@ class _Absent:
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         self._parts.check([self._name])
         raise AssertionError("unreachable")
+
+
+def open_parts(folder: Path | str, device: str) -> LoadedParts:
+    """What ``Archipelago`` mixes, from a folder that ``archipel export`` wrote; in memory as a whole.
+
+    Raises ArchipelError where it is no export of ours, DamagedError where its parts do not fit each other.
+    """
+    from archipel.exchange.pipeline import ArchipelPipeline
+
+    pipe: Any = ArchipelPipeline.from_pretrained(folder)
+    return cast(LoadedParts, pipe.to(device).parts(str(folder)))

@@ -173,7 +173,7 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
     def noise(self, seeds: Sequence[int] | int) -> Tensor:
         """The noise that ``archipel generate`` starts a clip of these seeds from, float32 (B, C, T, H, W)."""
         numbers = [seeds] if isinstance(seeds, int) else list(seeds)
-        return torch.from_numpy(draws.clip_noise(check_seeds(numbers, len(numbers)), self._parts().latent_shape()))
+        return torch.from_numpy(draws.clip_noise(check_seeds(numbers, len(numbers)), self.parts().latent_shape()))
 
     # --- generating -----------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         given = {"strategy": strategy, "guidance": guidance_scale, "steps": num_inference_steps}
         settings = Settings.of(self.settings, **given, composition=composition, threshold=threshold)
         self._guidance_scale, self._interrupt = settings.guidance, False
-        parts = self._parts()
+        parts = self.parts()
         archipelago = Archipelago(parts)
         lineup = archipelago.lineup(settings, clusters, len(prompts))
         device = self._execution_device
@@ -337,10 +337,11 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
 
     # --- taking turns ---------------------------------------------------------------------------------------------
 
-    def _parts(self) -> LoadedParts:
+    def parts(self, where: str = "the exported folder") -> LoadedParts:
+        """The components as what ``Archipelago`` mixes, on the device where they are; ``where`` names them in errors."""
         device = str(self._execution_device)
         more = None if self._adapters is None else self._adapters.velocities
-        return LoadedParts(self.config["archipel"], self.settings, self.components, self._turn, device, more)
+        return LoadedParts(self.config["archipel"], self.settings, self.components, self._turn, device, more, where)
 
     def _turn(self, name: str) -> None:
         """Before ``name`` is called: with ``enable_model_cpu_offload`` the other experts leave the GPU."""

@@ -1,0 +1,67 @@
+"""Clips as ``generate`` returns them: pixels, and how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from archipel.ensemble import provenance
+from archipel.ensemble.settings import Settings
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Clips uint8 (N, F, H, W, 3), frames per second, and how they came about.
+
+    weights: float32 (N, S, K), the share of each expert at the beginning of each step; None for the monolith.
+    expert_rows: rows that went through an expert, both guidance branches counted: the cost of sampling; router_rows: the same
+    of the router (once per clip where it is asked before the first step only, and not counted then).
+    notes: what each clip's file shall say of it (see ``provenance``).
+    """
+
+    clips: np.ndarray
+    fps: float
+    prompts: list[str]
+    seeds: list[int]
+    settings: Settings
+    weights: np.ndarray | None = None
+    expert_rows: int = 0
+    warnings: list[str] = field(default_factory=list)
+    router_rows: int = 0
+    model: str = ""
+    run_id: str = ""
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        return [self.note([seed]) for seed in self.seeds]
+
+    def note(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What a file says that holds the clips of ``seeds``."""
+        return provenance.of(self.model, self.run_id, seeds, vars(self.settings))
+
+    def save(self, path: Path | str, *, scale: int = 1) -> list[Path]:
+        """Write the clips as ``path`` says (.mp4, .webp, .gif, or a folder of PNG frames), numbered where there are several,
+        each with its note. Raises ArchipelError where that cannot be done."""
+        from archipel.ensemble.video import write_clips
+
+        return write_clips(path, self.clips, self.fps, scale=scale, notes=self.notes)
+
+    @staticmethod
+    def join(parts: Sequence[Generated]) -> Generated:
+        """Several batches of one ``generate`` as one."""
+        first = parts[0]
+        weights = [one.weights for one in parts if one.weights is not None]
+        return replace(
+            first,
+            clips=np.concatenate([one.clips for one in parts]),
+            prompts=[prompt for one in parts for prompt in one.prompts],
+            seeds=[seed for one in parts for seed in one.seeds],
+            weights=np.concatenate(weights) if weights else None,
+            expert_rows=sum(one.expert_rows for one in parts),
+            router_rows=sum(one.router_rows for one in parts),
+            warnings=list(dict.fromkeys(warning for one in parts for warning in one.warnings)),
+        )
