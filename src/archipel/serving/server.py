@@ -1,0 +1,109 @@
+"""``archipel serve``: one process that listens, one thread in it that makes clips."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from archipel import store
+from archipel.errors import ArchipelError
+from archipel.serving.keys import check_exposure, read_keys
+from archipel.serving.limits import Limits
+from archipel.serving.service import Service, Tell
+
+if TYPE_CHECKING:
+    from archipel.ensemble.pipeline import Archipelago
+
+
+def settle(host: str) -> list[str]:
+    """The keys of the environment. Raises ArchipelError (before anything is loaded) where ``host`` may not be bound to."""
+    keys = read_keys(os.environ)
+    check_exposure(host, keys)
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ArchipelError where the address is taken or not this machine's."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise ArchipelError(f"cannot listen on {host}, port {port}: {said}") from error
+
+
+@contextlib.contextmanager
+def opened(archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits) -> Iterator[Any]:
+    """The application for as long as this process alone works on ``folder``. Raises LockedError where another does."""
+    from archipel.serving import app
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.lock(folder / "lock", f"the clips in {folder}"):
+        yield app.make(Service.open(archipelago, folder, keys, limits))
+
+
+def serve(
+    archipelago: Archipelago, folder: Path, *, host: str, port: int, keys: list[str], limits: Limits, tell: Tell
+) -> None:
+    """Listen until the process is stopped. ``folder``: where jobs and clips are kept."""
+    import uvicorn
+
+    check_exposure(host, keys)
+    with contextlib.closing(listen(host, port)) as sock, opened(archipelago, folder, keys, limits) as app:
+        shown = f"[{host}]" if ":" in host else host
+        tell(f"listening on http://{shown}:{sock.getsockname()[1]}{'' if keys else ' (no key: this machine only)'}")
+        config = uvicorn.Config(
+            app,
+            http=_protocol(limits.head_seconds),
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=limits.connections,
+            timeout_graceful_shutdown=10,
+            h11_max_incomplete_event_size=32 << 10,
+        )
+        _server(config, app).run(sockets=[sock])
+
+
+def _server(config: Any, app: Any) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends streams of progress when it shall stop: they would hold it up until its patience is over."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            super().handle_exit(sig, frame)
+            if (ending := getattr(app.state, "ending", None)) is not None:
+                ending.set()
+
+    return Server(config)
+
+
+def _protocol(head_seconds: float) -> Any:
+    """uvicorn's HTTP/1.1 with a limit on how long a new connection may take to send a request's head."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Timed(H11Protocol):
+        _waiting: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._waiting = self.loop.call_later(head_seconds, self._give_up)
+
+        def _give_up(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._waiting is not None:
+                self._waiting.cancel()
+            super().connection_lost(exc)
+
+    return Timed

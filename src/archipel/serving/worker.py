@@ -1,0 +1,218 @@
+"""The thread that makes clips: jobs of equal settings together, files written aside and renamed, then the row."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from archipel.errors import ArchipelError
+from archipel.serving.jobs import Job, Jobs
+from archipel.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from archipel.ensemble.pipeline import Archipelago
+
+logger = logging.getLogger("archipel")
+_LOOK = 0.5  # seconds between looks at an empty queue, where nobody calls
+_SWEEP = 30.0  # seconds between looks for clips that are too old
+_FIRST_GUESS = 10.0  # seconds of a clip, as long as none was made
+
+
+class _Enough(Exception):  # noqa: N818 - it is no error
+    """Nobody wants these clips any more, or the server stops."""
+
+
+class Worker:
+    """Works off ``jobs`` with ``archipelago``, into ``folder``.
+
+    ``told(outcome, clips, seconds)`` is called after each batch: completed, failed, cancelled or interrupted.
+    """
+
+    def __init__(
+        self,
+        archipelago: Archipelago,
+        jobs: Jobs,
+        folder: Path,
+        limits: Limits,
+        told: Callable[[str, int, float], None] = lambda *_: None,
+    ) -> None:
+        self.archipelago, self.jobs, self.folder, self.limits, self._told = archipelago, jobs, folder, limits, told
+        self._progress: dict[str, int] = {}
+        self._paces: deque[float] = deque(maxlen=20)  # seconds per clip of the last batches
+        self._called, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="archipel-worker", daemon=True)
+
+    # --- from outside ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Queue again what was left half done, remove files that belong to no job, begin."""
+        self.jobs.recover(self.limits.attempts)
+        known = self.jobs.names()
+        for path in self.folder.iterdir():
+            if path.stem not in known and path.is_file():
+                path.unlink()
+        self._thread.start()
+
+    def stop(self, seconds: float = 30.0) -> None:
+        """End after the step that is being computed; its jobs wait again."""
+        self._stopping.set()
+        self._called.set()
+        self._thread.join(seconds)
+
+    def call(self) -> None:
+        """There is something to do."""
+        self._called.set()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def path(self, name: str) -> Path:
+        """Where a job's clip lies; ``name`` is a job's id as the table has it, never a client's word."""
+        return self.folder / f"{name}.mp4"
+
+    def progress(self, name: str) -> int:
+        """0 to 99, in percent of the solver's steps."""
+        return self._progress.get(name, 0)
+
+    def wait(self, waiting: int) -> int:
+        """Whole seconds, 1 to 3600, until one of ``waiting`` jobs will have gone: what a full queue answers."""
+        pace = sum(self._paces) / len(self._paces) if self._paces else _FIRST_GUESS
+        return int(min(max(pace * min(waiting, self.limits.batch), 1), 3600))
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        swept = -_SWEEP
+        while not self._stopping.is_set():
+            try:
+                if time.monotonic() - swept >= _SWEEP:
+                    self._sweep()
+                    swept = time.monotonic()
+                batch = self.jobs.claim(self.limits.batch)
+                if batch:
+                    self._make(batch)
+                    swept = min(swept, time.monotonic() - _SWEEP + 1)  # new clips may push old ones out
+                    continue
+            except Exception as error:  # a full disk under the table: clients are told, and it is tried again
+                logger.error("the server's list of jobs cannot be worked on: %s", type(error).__name__)
+                self._put_back()
+                self._stopping.wait(1.0)
+            self._called.wait(_LOOK)
+            self._called.clear()
+
+    def _put_back(self) -> None:
+        with contextlib.suppress(Exception):
+            self.jobs.put_back(sorted(self.jobs.running()))
+
+    def _sweep(self) -> None:
+        for name in self.jobs.expire(self.limits.keep_seconds, self.limits.keep_bytes):
+            self.path(name).unlink(missing_ok=True)
+
+    def _make(self, batch: list[Job]) -> None:
+        begin, names = time.monotonic(), [job.id for job in batch]
+        try:
+            with _unheard():
+                done = self._generate(batch)
+        except _Enough:
+            if self._stopping.is_set():
+                self.jobs.put_back(names)
+                self._told("interrupted", len(batch), 0.0)
+            else:
+                self._told("cancelled", len(batch), 0.0)
+        except Exception as error:
+            if len(batch) > 1:  # one of them may have spoiled it for the others
+                for job in batch:
+                    self._make([job])
+                return
+            code, message = _reason(error, str(self.archipelago.parts.source.where))
+            logger.error("a clip could not be made: %s", code if code != "internal" else type(error).__name__)
+            self.jobs.fail(names[0], code, message)
+            self._told("failed", 1, 0.0)
+        else:
+            self._paces.append((time.monotonic() - begin) / len(batch))
+            self._told("completed", done, time.monotonic() - begin)
+        finally:
+            for name in names:
+                self._progress.pop(name, None)
+
+    def _generate(self, batch: list[Job]) -> int:
+        """Make a batch's clips; returns how many were still wanted."""
+        from archipel.ensemble.video import write
+
+        names = {job.id for job in batch}
+
+        def on_step(done: int, steps: int, *_: Any) -> None:
+            if self._stopping.is_set() or not names & self.jobs.running():
+                raise _Enough
+            for name in names:
+                self._progress[name] = min(99, 100 * done // steps)
+
+        if not names & self.jobs.running():
+            raise _Enough
+        settings = batch[0].settings
+        images = None if batch[0].image is None else [_picture(job.image or b"") for job in batch]
+        made = self.archipelago.generate(
+            [job.prompt for job in batch],
+            strategy=settings["strategy"],
+            guidance=settings["guidance"],
+            steps=settings["steps"],
+            seeds=[job.seed for job in batch],
+            image=images,
+            batch=self.limits.batch,
+            on_step=on_step,
+        )
+        done = 0
+        for job, clip in zip(batch, made.clips, strict=True):
+            path = write(self.path(job.id), clip, made.fps, scale=settings["scale"])
+            if self.jobs.complete(job.id, path.stat().st_size):
+                done += 1
+            else:
+                path.unlink(missing_ok=True)  # deleted meanwhile
+        return done
+
+
+def _picture(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
+
+
+def _reason(error: Exception, where: str) -> tuple[str, str]:
+    """A code and a sentence for clients, without paths of this machine."""
+    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "disk_full", "the server's disk is full: try again later"
+        return "storage", "the server could not store the clip: try again later"
+    if isinstance(error, ArchipelError):
+        return "cannot_generate", str(error).replace(where, "RUN")
+    return "internal", "the clip could not be made because of a fault in the server"
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Nothing that is logged by this thread meanwhile gets out: warnings about a prompt quote it."""
+    thread = threading.get_ident()
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    handlers = [*logger.handlers, *logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(other)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(other)

@@ -1,0 +1,134 @@
+"""A tiny run of real parts, served: in this process (``client``), or by the command in one of its own (``started``)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from archipel.errors import ArchipelError
+from archipel.run import Run
+from archipel.serving.limits import Limits
+from archipel.serving.server import opened
+from tests.ensemble.conftest import build
+
+Served = Callable[..., AbstractContextManager[TestClient]]
+
+
+class Generator:
+    """What a server needs of an Archipelago, without the arithmetic: clips of one colour, steps that can be held up."""
+
+    def __init__(self, run: Run) -> None:
+        self.config = run.config
+        self.parts = SimpleNamespace(run=run, source=SimpleNamespace(where=str(run.root)))
+        self.calls: list[dict[str, Any]] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.begun = threading.Event()
+
+    def refresh(self) -> list[str]:
+        return []
+
+    def lineup(self, settings: Any, clusters: Any, clips: int) -> None:
+        if settings.strategy == "monolith":
+            raise ArchipelError(f"not there yet in {self.parts.source.where}: monolith")
+
+    def generate(self, prompts: list[str], *, on_step: Callable[..., None], **given: Any) -> Any:
+        self.calls.append({"prompts": list(prompts), **given})
+        for step in range(1, 5):
+            self.begun.set()
+            assert self.go.wait(30)
+            on_step(step, 4, None, 0.0)
+        if "spoil" in prompts:
+            raise ArchipelError(f"{self.parts.source.where}/experts/0 is spoilt")
+        if "crash" in prompts:
+            raise RuntimeError("secret")
+        clips = self.config.clips
+        value = np.array(given["seeds"], dtype=np.uint8)[:, None, None, None, None]
+        return SimpleNamespace(clips=np.broadcast_to(value, (len(prompts), clips.frames, 8, 8, 3)), fps=clips.fps)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("served") / "run").root
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("served-image") / "run", expert={"tasks": [1.0, 5.0, 0.0, 0.0]}).root
+
+
+@pytest.fixture
+def generator(root: Path) -> Generator:
+    return Generator(Run.open(root))
+
+
+@pytest.fixture
+def serve(generator: Generator, tmp_path: Path) -> Served:
+    """``with serve(keys=[...], **limits) as client``: the application on the stand-in, state in ``tmp_path / "state"``."""
+
+    @contextlib.contextmanager
+    def run(keys: list[str] = [], with_: Generator = generator, **limits: Any) -> Iterator[TestClient]:  # noqa: B006
+        with opened(with_, tmp_path / "state", keys, Limits(**limits)) as app:  # type: ignore[arg-type]
+            headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+            given: dict[str, Any] = {"base_url": "http://127.0.0.1:8000", "headers": headers}
+            with TestClient(app, raise_server_exceptions=False, **given) as client:
+                try:
+                    yield client
+                finally:
+                    with_.go.set()
+
+    return run
+
+
+class Process:
+    """``archipel serve`` in a process of its own."""
+
+    def __init__(self, root: Path, key: str, *options: str) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ARCHIPEL_API_KEY": key}
+        command = [sys.executable, "-m", "archipel.cli", "serve", str(root), "--port", "0", *options]
+        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if found := re.search(r"listening on (http://\S+)", line):
+                self.url = found[1]
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr or []), daemon=True)
+        self._reader.start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+
+
+@pytest.fixture
+def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Servers of one copied run and one state; whatever still lives at the end is killed."""
+    copy = Path(shutil.copytree(root, tmp_path / "run"))
+    all_: list[Process] = []
+
+    def start(*options: str, key: str = "a-key-of-the-tests") -> Process:
+        all_.append(Process(copy, key, *options))
+        return all_[-1]
+
+    yield start
+    for one in all_:
+        one.kill()
