@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archipel import __version__, cli_evaluate, cli_exchange, cli_islands, cli_plan, cli_study
+from archipel import __version__, cli_evaluate, cli_exchange, cli_generate, cli_islands, cli_plan, cli_serve, cli_study
 from archipel.edge import flush, message, parse_duration, say, stop_with_parent
 from archipel.errors import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, ArchipelError
 
@@ -23,8 +23,6 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(name="cache", help="The user's cache folder: downloaded clips.", no_args_is_help=True)
 app.add_typer(cache_app)
-
-_BATCH = 16  # clips generated at a time
 
 RunPath = cli_islands.RunFolder
 Sets = Annotated[
@@ -261,110 +259,7 @@ def verify(run: RunPath) -> None:
 
 # --- generating ------------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def generate(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN] PROMPT",
-            help="The run (a folder, or the URL of a bucket) and the prompt.",
-            show_default=False,
-        ),
-    ] = None,
-    run: Annotated[str | None, typer.Option("--run", help="The run's folder, or the URL of a bucket.")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="MP4, WebP or GIF file, or a folder for PNG frames.")
-    ] = Path("clip.mp4"),
-    strategy: Annotated[str | None, typer.Option(help="top1, top2, full, threshold, ancestral or monolith.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same build, same bytes.")] = 0,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", help="A picture that the clip begins with (runs trained for it).", show_default=False),
-    ] = None,
-    last_image: Annotated[
-        Path | None,
-        typer.Option(
-            "--last-image", help="A picture that the clip ends with (runs trained for it).", show_default=False
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, max=1024, help="Clips to make, with seeds seed, seed + 1, ...")] = 1,
-    scale: Annotated[int, typer.Option(min=1, max=32, help="Enlarge by this whole factor.")] = 4,
-    arms: Annotated[
-        bool, typer.Option("--arms", help="Generate the clips that `evaluate` scores instead of one prompt.")
-    ] = False,
-    run_id: cli_islands.RunId = None,
-) -> None:
-    """Generate clips from a prompt: archipel generate RUN "a red ball bounces" -o clip.mp4"""
-    from archipel import pipeline
-
-    words = list(words or [])
-    if arms:
-        if image is not None or last_image is not None:
-            raise ArchipelError("--arms takes its frames from the clips of the run: leave --image and --last-image out")
-        where = _only_run(words, run)
-        if cli_islands.is_bucket(where):
-            raise ArchipelError(
-                f"--arms works in a run's folder, and {where} is a bucket: bring it here first: `archipel pull {where} RUN`"
-            )
-        pipeline.generate(pipeline.open_run(where))
-        return
-    where, prompt = _run_and_prompt(words, run)
-    if not cli_islands.is_bucket(where):
-        pipeline.open_run(where)  # refuses a run.toml that was edited after work began
-    from archipel.ensemble.video import check_name, write_clips
-    from archipel.progress import Progress
-
-    check_name(output)  # before minutes of sampling, not after
-    from archipel.ensemble.pipeline import Archipelago
-    from archipel.training.machine import pick_device
-
-    archipelago = Archipelago.load(where, device=pick_device(None), run_id=run_id)
-    batches = -(-count // _BATCH)
-    with Progress("generate", batches * (steps or archipelago.config.sample.steps)) as bar:
-        clips = archipelago.generate(
-            [prompt] * count,
-            strategy=strategy,
-            guidance=guidance,
-            steps=steps,
-            image=image,
-            last_image=last_image,
-            seeds=[seed + i for i in range(count)],
-            batch=_BATCH,
-            on_step=lambda *_: bar.advance(),
-        )
-    for path in write_clips(output, clips.clips, clips.fps, scale=scale):
-        print(path)
-
-
-def _only_run(words: list[str], run: str | None) -> str:
-    if run is not None and not words:
-        return run
-    if run is None and len(words) == 1:
-        return words[0]
-    raise ArchipelError("--arms takes a run and no prompt: archipel generate RUN --arms")
-
-
-def _run_and_prompt(words: list[str], run: str | None) -> tuple[str, str]:
-    if run is not None:
-        if len(words) != 1:
-            raise ArchipelError('with --run give exactly one prompt: archipel generate --run RUN "a red ball bounces"')
-        return run, words[0]
-    if len(words) == 2:
-        return words[0], words[1]
-    if len(words) == 1:
-        if "://" in words[0] or Path(words[0]).is_dir():
-            kind = "URL" if "://" in words[0] else "folder"
-            raise ArchipelError(
-                f'{words[0]!r} is a {kind}: is it the run? Then a prompt is missing: archipel generate {words[0]} "a red ball bounces"'
-            )
-        raise ArchipelError(
-            f"{words[0]!r} was read as the prompt, but which run shall generate it? No model ships with Archipel yet: "
-            f'archipel generate RUN "{words[0][:40]}"'
-        )
-    raise ArchipelError('give a run and one prompt (in quotes): archipel generate RUN "a red ball bounces"')
+cli_generate.register(app)
 
 
 # --- this machine ----------------------------------------------------------------------------------------------------
@@ -414,6 +309,7 @@ cli_evaluate.register(app)
 cli_exchange.register(app)
 cli_islands.register(app)
 cli_plan.register(app)
+cli_serve.register(app)
 cli_study.register(app)
 
 

@@ -28,6 +28,20 @@ def parse_duration(text: str, option: str = "--for") -> float:
     return seconds
 
 
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """``2GB``, ``500MB``, ``1.5GiB`` or plain bytes -> bytes, at least 1. Raises ArchipelError."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    word = text.strip().lower().removesuffix("b")
+    number = word.rstrip("kmgti")
+    try:
+        size = int(float(number) * units[word[len(number) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if not 1 <= size < 2**63:
+        raise ArchipelError(f"{option} {text!r} is not a number of bytes such as 500MB, 2GB or 1.5GiB")
+    return size
+
+
 def stop_with_parent() -> None:
     """A launcher's child watches its standard input: when it closes, the launcher is gone, and the child stops cleanly."""
     if os.environ.get("ARCHIPEL_STOP_WITH_PARENT") != "1":
