@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from tests.ensemble.conftest import build
 
 from archipel.errors import ArchipelError
 from archipel.run import Run
 from archipel.serving.limits import Limits
 from archipel.serving.server import opened
-from tests.ensemble.conftest import build
 
 Served = Callable[..., AbstractContextManager[TestClient]]
 
@@ -57,7 +57,7 @@ class Generator:
         if "crash" in prompts:
             raise RuntimeError("secret")
         clips = self.config.clips
-        value = np.array(given["seeds"], dtype=np.uint8)[:, None, None, None, None]
+        value = (np.array(given["seeds"]) % 256).astype(np.uint8)[:, None, None, None, None]
         return SimpleNamespace(clips=np.broadcast_to(value, (len(prompts), clips.frames, 8, 8, 3)), fps=clips.fps)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-
 from tests.serving.conftest import Process
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
