@@ -302,3 +302,17 @@ def test_a_hub_repository_is_fetched_without_its_code(exported: Path, monkeypatc
     ((where, more),) = asked
     assert (where, more["revision"]) == ("somebody/model", "v1")
     assert "*.safetensors" in more["allow_patterns"] and not any("py" in one for one in more["allow_patterns"])
+
+
+def test_archipelago_loads_an_export_as_it_loads_a_run(whole: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export(str(whole.root), folder)
+    run, out = Archipelago.load(whole.root), Archipelago.load(folder)
+    for strategy in ("top1", "full"):
+        ours, theirs = (one.generate(PROMPTS, strategy=strategy, steps=2, seed=3) for one in (run, out))
+        assert np.array_equal(ours.clips, theirs.clips) and ours.notes == theirs.notes
+    assert Archipelago.load(folder, run_id=whole.id[:16]).model == run.model
+    with pytest.raises(ArchipelError, match="was exported from the run"):
+        Archipelago.load(folder, run_id="0" * 16)
+    with pytest.raises(MissingStageError, match=r"not there yet in .*out: monolith: it was exported without monolith"):
+        out.generate(PROMPTS, strategy="monolith")
