@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from archipel.edge import parse_duration, say, stop_with_parent
+from archipel.edge import parse_bytes, parse_duration, say, stop_with_parent
 from archipel.errors import ArchipelError
 
 
@@ -28,7 +28,10 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Solver steps that may be asked for.")] = 200,
     max_side: Annotated[int, typer.Option(min=8, max=8192, help="Pixels of a delivered clip's side.")] = 1024,
     keep: Annotated[str, typer.Option(help="Remove finished clips after this long: 90s, 30m, 24h.")] = "168h",
-    keep_gb: Annotated[float, typer.Option(min=0.001, help="Remove the oldest clips above this size.")] = 10.0,
+    keep_size: Annotated[str, typer.Option(help="Remove the oldest clips above this size in all.")] = "10GB",
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory for networks at a time, such as 2GB.", show_default=False)
+    ] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Refuse a run of another id.")] = None,
 ) -> None:
     """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
@@ -40,13 +43,15 @@ def serve(
         steps=max_steps,
         side=max_side,
         keep_seconds=parse_duration(keep, "--keep"),
-        keep_bytes=int(keep_gb * 1e9),
+        keep_bytes=parse_bytes(keep_size, "--keep-size"),
     )
     from archipel.serving import server
 
     keys = server.settle(host)
-    if state is None and "://" in run:
-        raise ArchipelError(f"{run} is a bucket, where nothing is written: give --state FOLDER for jobs and clips")
+    home = (Path(run) / "run.toml").exists()  # else a bucket or an export, which others read
+    if state is None and not home and ("://" in run or Path(run).is_dir()):
+        raise ArchipelError(f"{run} is not a run's own folder: give --state FOLDER for jobs and clips")
+    bound = None if memory is None else parse_bytes(memory)
     import fastapi  # noqa: F401 - said before minutes of loading where it is missing
     import uvicorn  # noqa: F401
 
@@ -54,13 +59,13 @@ def serve(
     from archipel.ensemble.pipeline import Archipelago
     from archipel.training.machine import pick_device
 
-    if "://" not in run and (Path(run) / "run.toml").exists():
+    if home:
         pipeline.open_run(Path(run))  # refuses a run.toml that was edited after work began
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    archipelago = Archipelago.load(run, device=pick_device(device), run_id=run_id)
+    archipelago = Archipelago.load(run, device=pick_device(device), run_id=run_id, memory=bound)
     stop_with_parent()
     folder = state or Path(run) / "serving"
     server.serve(archipelago, folder, host=host, port=port, keys=keys, limits=limits, tell=say)

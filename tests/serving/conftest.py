@@ -25,6 +25,7 @@ from archipel.run import Run
 from archipel.serving.limits import Limits
 from archipel.serving.server import opened
 
+KEY = "a-key-of-the-tests"
 Served = Callable[..., AbstractContextManager[TestClient]]
 
 
@@ -32,8 +33,8 @@ class Generator:
     """What a server needs of an Archipelago, without the arithmetic: clips of one colour, steps that can be held up."""
 
     def __init__(self, run: Run) -> None:
-        self.config = run.config
-        self.parts = SimpleNamespace(run=run, source=SimpleNamespace(where=str(run.root)))
+        self.config, self.model = run.config, "archipel-stand-in"
+        self.parts = SimpleNamespace(source=SimpleNamespace(where=str(run.root)))
         self.calls: list[dict[str, Any]] = []
         self.go = threading.Event()
         self.go.set()
@@ -58,7 +59,8 @@ class Generator:
             raise RuntimeError("secret")
         clips = self.config.clips
         value = (np.array(given["seeds"]) % 256).astype(np.uint8)[:, None, None, None, None]
-        return SimpleNamespace(clips=np.broadcast_to(value, (len(prompts), clips.frames, 8, 8, 3)), fps=clips.fps)
+        shown = np.broadcast_to(value, (len(prompts), clips.frames, 8, 8, 3))
+        return SimpleNamespace(clips=shown, fps=clips.fps, notes=[{"seed": seed} for seed in given["seeds"]])
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +99,8 @@ def serve(generator: Generator, tmp_path: Path) -> Served:
 class Process:
     """``archipel serve`` in a process of its own."""
 
+    state: Path
+
     def __init__(self, root: Path, key: str, *options: str) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ARCHIPEL_API_KEY": key}
         command = [sys.executable, "-m", "archipel.cli", "serve", str(root), "--port", "0", *options]
@@ -123,12 +127,22 @@ class Process:
 def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Servers of one copied run and one state; whatever still lives at the end is killed."""
     copy = Path(shutil.copytree(root, tmp_path / "run"))
-    all_: list[Process] = []
+    everyone: list[Process] = []
 
-    def start(*options: str, key: str = "a-key-of-the-tests") -> Process:
-        all_.append(Process(copy, key, *options))
-        return all_[-1]
+    def start(*options: str) -> Process:
+        everyone.append(Process(copy, KEY, *options))
+        return everyone[-1]
 
     yield start
-    for one in all_:
+    for one in everyone:
         one.kill()
+
+
+@pytest.fixture(scope="session")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One that is left running; ``server.state``: its folder."""
+    state = tmp_path_factory.mktemp("state")
+    process = Process(root, KEY, "--state", str(state))
+    process.state = state
+    yield process
+    process.kill()

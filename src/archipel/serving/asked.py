@@ -35,13 +35,13 @@ class Offer:
     size: str
 
     @classmethod
-    def of(cls, config: RunConfig, run_id: str, limits: Limits) -> Offer:
+    def of(cls, config: RunConfig, model: str, limits: Limits) -> Offer:
         side = config.clips.size
         scales = [scale for scale in _SCALES if side * scale <= limits.side] or [1]
         sizes = {f"{side * scale}x{side * scale}": scale for scale in scales}
         size = [name for name, scale in sizes.items() if scale <= 4][-1]
         seconds = f"{round(config.clips.frames / config.clips.fps, 3):g}"
-        return cls(config, f"archipel-{run_id[:12]}", seconds, sizes, size)
+        return cls(config, model, seconds, sizes, size)
 
     @property
     def takes_image(self) -> bool:

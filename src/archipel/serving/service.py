@@ -49,7 +49,7 @@ class Service:
         jobs = Jobs(folder)
         metrics = Metrics(jobs)
         worker = Worker(archipelago, jobs, clips, limits, metrics.made)
-        offer = Offer.of(archipelago.config, archipelago.parts.run.id, limits)
+        offer = Offer.of(archipelago.config, archipelago.model, limits)
         salt = jobs.fact("salt", secrets.token_bytes(32))
         return cls(archipelago, offer, jobs, worker, Keys(keys, salt, limits.session_seconds), limits, metrics)
 

@@ -173,8 +173,8 @@ class Worker:
             on_step=on_step,
         )
         done = 0
-        for job, clip in zip(batch, made.clips, strict=True):
-            path = write(self.path(job.id), clip, made.fps, scale=settings["scale"])
+        for job, clip, note in zip(batch, made.clips, made.notes, strict=True):
+            path = write(self.path(job.id), clip, made.fps, scale=settings["scale"], note=note)
             if self.jobs.complete(job.id, path.stat().st_size):
                 done += 1
             else:
