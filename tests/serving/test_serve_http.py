@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import logging
@@ -351,3 +352,36 @@ def test_the_description_has_no_422_and_the_metrics_count(serve: Served) -> None
         heard = client.get("/metrics").text
         assert "archipel_jobs_created_total 1.0" in heard and 'archipel_jobs{state="completed"} 1.0' in heard
         assert 'route="/v1/videos/{video_id}",status="200"' in heard.replace('method="GET",', "")
+
+
+def test_fastapis_own_telemetry_stays_off(serve: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")  # with no exporter installed it would refuse to start
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    with serve() as client:
+        kept = client.app._telemetry  # type: ignore[attr-defined]
+        assert not any(kept[name] for name in ("tracing", "metrics", "logs", "auto_configure"))
+        assert client.get("/healthz").status_code == 200
+
+
+def test_storage_that_fails_is_said(serve: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlite3
+
+    def full(*_: Any, **__: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with serve() as client:
+        monkeypatch.setattr("archipel.serving.jobs.Jobs.add", full)
+        answer = client.post("/v1/videos", json={"prompt": "x"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "storage"
+
+
+def test_a_full_disk_fails_the_clip_and_not_the_server(serve: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with serve() as client:
+        with monkeypatch.context() as patched:
+            patched.setattr("archipel.ensemble.video.write", full)
+            done = until_done(client, ask(client)["id"])
+        assert done["status"] == "failed" and done["error"]["code"] == "disk_full"
+        assert until_done(client, ask(client)["id"])["status"] == "completed"

@@ -50,6 +50,7 @@ def make(service: Service) -> "FastAPI":
         openapi_url=None,  # behind the key like everything else: a route of its own below
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.include_router(_videos(service))
     app.include_router(_models(service))
