@@ -23,6 +23,7 @@ from bench.common import BUSY, DifferentError
 QUICK = (
     "training_step",
     "top1",
+    "sampling",
     "lora_experts",
     "backbone_loop",
     "cache_reading",

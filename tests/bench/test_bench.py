@@ -51,6 +51,14 @@ def test_a_quick_benchmark_gives_a_whole_record(name: str, against: set[str]) ->
 
 
 @pytest.mark.slow
+def test_sampling_is_timed_and_what_sparing_the_router_does_is_told() -> None:
+    record = importlib.import_module("bench.sampling").run(small=True)
+    check(record, "sampling", {"monolith", "single calls", "importing torch and diffusers"})
+    for rows in record["tables"].values():
+        assert all(0 <= row["questions to the router"] <= 1 for row in rows) and len(rows) >= 12
+
+
+@pytest.mark.slow
 def test_memory_of_moments_is_measured_in_processes_of_their_own() -> None:
     record = importlib.import_module("bench.moments_memory").run(small=True)
     check(record, "moments_memory", set())
