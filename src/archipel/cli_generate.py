@@ -64,6 +64,10 @@ def generate(
             help="Most memory for networks at a time, such as 2GB: the rest waits on disk.", show_default=False
         ),
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="On a GPU: most host memory for networks that made room there.", show_default=False),
+    ] = None,
     router_every: Annotated[
         int | None, typer.Option(help="Ask the router at every n-th step only.", show_default=False)
     ] = None,
@@ -79,17 +83,19 @@ def generate(
     """Generate clips from a prompt: archipel generate RUN "a red ball bounces" -o clip.mp4"""
     words = list(words or [])
     if arms:
-        given = {"--image": image, "--last-image": last_image, "--prompts": prompts, "--memory": memory}
+        given = {"--image": image, "--last-image": last_image, "--prompts": prompts, "--memory": memory, "--host": host}
         return _arms(words, run, [name for name, value in given.items() if value is not None])
     where, texts = (_only_run(words, run, "--prompts FILE"), _read(prompts)) if prompts else _run_and_prompt(words, run)
     clips = len(texts) * count
     if clips > _MOST:
         raise ArchipelError(f"{len(texts)} prompts, {count} clips each, are {clips}: one command makes at most {_MOST}")
-    bound = None if memory is None else parse_bytes(memory)
+    if host is not None and memory is None:
+        raise ArchipelError("--host is for what --memory has no room for: give both")
+    bounds = (None if memory is None else parse_bytes(memory), 0 if host is None else parse_bytes(host, "--host"))
     from archipel.ensemble.video import check_name
 
     check_name(output)  # before minutes of sampling, not after
-    archipelago = _open(where, bound, run_id)
+    archipelago = _open(where, bounds, run_id)
     settings = {"strategy": strategy, "guidance": guidance, "steps": steps}
     settings |= {"router_every": router_every, "router_until": router_until}
     from archipel.progress import Progress
@@ -112,7 +118,7 @@ def generate(
     return None
 
 
-def _open(where: str, memory: int | None, run_id: str | None) -> Archipelago:
+def _open(where: str, bounds: tuple[int | None, int], run_id: str | None) -> Archipelago:
     from archipel.ensemble.parts import EXPORTED
     from archipel.ensemble.pipeline import Archipelago
     from archipel.training.machine import pick_device
@@ -121,7 +127,7 @@ def _open(where: str, memory: int | None, run_id: str | None) -> Archipelago:
         from archipel import pipeline
 
         pipeline.open_run(where)  # refuses a run.toml that was edited after work began
-    return Archipelago.load(where, device=pick_device(None), run_id=run_id, memory=memory)
+    return Archipelago.load(where, device=pick_device(None), run_id=run_id, memory=bounds[0], host=bounds[1])
 
 
 def _write(output: Path, made: Iterator[Generated], clips: int, scale: int) -> Iterator[Path]:

@@ -78,6 +78,30 @@ def test_the_bound_holds_at_every_call_and_the_clips_are_the_same(
         assert sum(count for key, count in shelf.fetched.items() if key[0] != "router") == 3 + 1 + 1  # type: ignore[index]
 
 
+def test_the_bound_holds_where_experts_are_adapters_on_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.exchange.makers import adapted_run
+
+    run = adapted_run(tmp_path / "run")
+    whole = load(run).generate(PROMPTS, strategy="full", seed=7)
+    gc.collect()
+    before, seen, called = held(), [], Denoiser.velocity
+
+    def velocity(self: Denoiser, *inputs: Any) -> torch.Tensor:
+        seen.append(held() - before)
+        return called(self, *inputs)
+
+    monkeypatch.setattr(Denoiser, "velocity", velocity)
+    base, adapter = (folder.joinpath("model.safetensors").stat().st_size for folder in (run.base, run.expert("0")))
+    most = sizes(run)["router"] + base + 2 * adapter + 2000  # one adapter at a time, and what is read of another
+    model = load(run, memory=most)
+    made = model.generate(PROMPTS, strategy="full", seed=7)
+    np.testing.assert_allclose(made.clips.astype(int), whole.clips.astype(int), atol=1)
+    assert 0 < max(seen) <= most and len(seen) == 9
+    assert model.parts.shelf.fetched["base", ""] == 1
+
+
 def test_too_little_memory_says_how_much_is_needed(small_run: Run) -> None:
     found = sizes(small_run)
     with pytest.raises(ArchipelError, match=r"too little: the router needs \d+; give at least"):

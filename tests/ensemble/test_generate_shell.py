@@ -148,6 +148,7 @@ def test_several_clips_a_file_of_prompts_and_a_grid(
         (["--prompts", "p.txt", "--count", "600"], "at most 1024"),
         (["rain", "--memory", "much"], "not a number of bytes"),
         (["rain", "--memory", "1kB"], "too little"),
+        (["rain", "--host", "1GB"], "give both"),
         (["rain", "--router-every", "0"], "router_every = 0"),
         (["rain", "--router-until", "1.5"], "router_until = 1.5"),
         (["--arms", "--memory", "1GB"], "leave --memory out"),
