@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tests.serving.conftest import KEY, Generator
 
 from archipel.run import Run
 from archipel.serving.limits import Limits
-from archipel.serving.server import listen, opened
+from archipel.serving.server import _protocol, listen, opened
 
 checks.load_all_checks()
 CHECKS = [
@@ -37,9 +39,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 def url(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server on the stand-in, in a thread."""
     generator = Generator(Run.open(image_root))
-    limits = Limits(queue=5)
+    limits = Limits(queue=5, body_seconds=0.5)
     with opened(generator, tmp_path_factory.mktemp("state"), [KEY], limits) as app:  # type: ignore[arg-type]
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, http=_protocol(0.5), log_config=None, access_log=False))
         with listen("127.0.0.1", 0) as sock:
             thread = threading.Thread(target=server.run, args=([sock],))
             thread.start()
@@ -74,3 +76,18 @@ def _hold(cases: SearchStrategy[schemathesis.Case]) -> None:
 
     with contextlib.suppress(Unsatisfiable):  # nothing can be wrong about a route without parameters
         answered()
+
+
+def test_whoever_dawdles_is_let_go(url: str) -> None:
+    port, begin = int(url.rpartition(":")[2]), time.monotonic()
+    whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    body = f"POST /v1/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n{{".encode()
+    slow = {b"": b"", b"GET / HT": b"", whole + b"GET / HT": b" 200 ", body: b" 408 "}
+    for start, wanted in slow.items():
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+            one.sendall(start)
+            heard = b""
+            while piece := one.recv(4096):
+                heard += piece
+            assert wanted in heard and heard.count(b"HTTP/1.1 ") == (1 if wanted else 0)
+    assert time.monotonic() - begin < 8

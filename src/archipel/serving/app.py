@@ -188,9 +188,11 @@ def _videos(service: Service) -> "APIRouter":
 
 async def _fields(request: Any, body: bytes) -> tuple[dict[str, Any], bytes | None]:
     """A body's fields and its uploaded picture. Raises Refused."""
+    from starlette.concurrency import run_in_threadpool
+
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("application/json", ""):
-        return _json(body), None
+        return await run_in_threadpool(_json, body), None
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise Refused(415, "send application/json or multipart/form-data", code="unsupported_media_type")
     from starlette.formparsers import FormParser, MultiPartException, MultiPartParser

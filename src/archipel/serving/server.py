@@ -87,23 +87,37 @@ def _server(config: Any, app: Any) -> Any:
 
 
 def _protocol(head_seconds: float) -> Any:
-    """uvicorn's HTTP/1.1 with a limit on how long a new connection may take to send a request's head."""
+    """uvicorn's HTTP/1.1 with a limit on how long a request's head may take: a new connection's, and one after an answer
+    (where uvicorn's own patience ends with the first byte)."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Timed(H11Protocol):
-        _waiting: Any = None
+        _patience: Any = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._waiting = self.loop.call_later(head_seconds, self._give_up)
+            self._patience = self.loop.call_later(head_seconds, self._give_up)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            between = self.cycle is None or self.cycle.response_complete
+            if between and self._patience is None:
+                self._patience = self.loop.call_later(head_seconds, self._give_up)
+            elif not between:
+                self._forget()
 
         def _give_up(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
+            self._patience = None
+            if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
                 self.transport.close()
 
+        def _forget(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._waiting is not None:
-                self._waiting.cancel()
+            self._forget()
             super().connection_lost(exc)
 
     return Timed
