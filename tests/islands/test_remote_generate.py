@@ -53,6 +53,17 @@ def test_a_bucket_generates_what_the_run_s_folder_generates(harbour: Any, letter
     assert np.array_equal(plain.clips, opened(harbour.url, letters).generate(PROMPTS, strategy="top1", seeds=4).clips)
 
 
+def test_a_bucket_generates_within_a_bound_on_memory(harbour: Any, letters: Any) -> None:
+    harbour.commit(*ALL)
+    harbour.admit(*ALL)
+    sizes = {name: (harbour.run.expert(name) / "model.safetensors").stat().st_size for name in ALL}
+    most = sizes[ROUTER] + max(sizes[name] for name in "012") + 5000
+    whole = opened(harbour.url, letters).generate(PROMPTS, strategy="full", seeds=4)
+    model = opened(harbour.url, letters, memory=most)
+    assert np.array_equal(model.generate(PROMPTS, strategy="full", seeds=4).clips, whole.clips)
+    assert model.parts.shelf.used <= most and sum(model.parts.shelf.fetched.values()) > 4
+
+
 def test_the_same_from_s3(harbour: Any, letters: Any, s3_url: str, tmp_path: Path) -> None:
     harbour.commit("0", "1", "2", ROUTER)
     harbour.admit("0", "2", ROUTER)
