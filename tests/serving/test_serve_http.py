@@ -291,14 +291,14 @@ def test_finished_clips_are_removed_by_size_and_age(serve: Served, tmp_path: Pat
     (clips / "left.mp4").write_bytes(b"of a job that is gone")
     with serve(keep_bytes=size - 1) as client:
         end = time.monotonic() + 10
-        while len(client.get("/v1/videos").json()["data"]) > 2 and time.monotonic() < end:
+        while len(list(clips.iterdir())) > 2 and time.monotonic() < end:
             time.sleep(0.05)
-        assert len(list(clips.iterdir())) == 2
+        assert len(list(clips.iterdir())) == len(client.get("/v1/videos").json()["data"]) == 2
     with serve(keep_seconds=0.0) as client:
         end = time.monotonic() + 10
-        while client.get("/v1/videos").json()["data"] and time.monotonic() < end:
+        while list(clips.iterdir()) and time.monotonic() < end:
             time.sleep(0.05)
-        assert list(clips.iterdir()) == []
+        assert list(clips.iterdir()) == client.get("/v1/videos").json()["data"] == []
 
 
 def test_the_same_request_again_is_the_same_job(serve: Served) -> None:

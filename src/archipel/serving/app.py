@@ -62,6 +62,7 @@ def make(service: Service) -> "FastAPI":
 
 
 def _videos(service: Service) -> "APIRouter":
+    from anyio import CapacityLimiter, to_thread
     from fastapi import APIRouter, Query, Request, Response
     from fastapi.responses import FileResponse, StreamingResponse
     from starlette.concurrency import run_in_threadpool
@@ -69,8 +70,10 @@ def _videos(service: Service) -> "APIRouter":
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
     bodies = Bodies(service)
     streams = asyncio.Semaphore(service.limits.streams)
+    writers = CapacityLimiter(4)  # threads that wait for the disk: the others are for those who only look
 
     def find(request: Request, name: str) -> Job:
+        # In the loop itself: a tenth of a millisecond, where a thread would have to wait for its turn beside the models.
         job = service.jobs.find(name, request.state.owner) if _ID.fullmatch(name) else None
         if job is None:
             raise no_such_video()
@@ -89,11 +92,11 @@ def _videos(service: Service) -> "APIRouter":
         if name is not None and not 0 < len(name) <= 255:
             raise wrong("Idempotency-Key", "an Idempotency-Key has 1 to 255 characters")
         asked = await run_in_threadpool(requests.read, fields, image, service.offer, service.limits)
-        job = await run_in_threadpool(service.create, request.state.owner, asked, name)
+        job = await to_thread.run_sync(service.create, request.state.owner, asked, name, limiter=writers)
         return service.video(job)
 
     @router.get("", response_model=shapes.VideoList, responses=shapes.answers(400, 401, 403, 404))
-    def list_videos(
+    async def list_videos(
         request: Request,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -107,7 +110,7 @@ def _videos(service: Service) -> "APIRouter":
         return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(found) > limit}
 
     @router.get("/{video_id}", response_model=shapes.Video, responses=shapes.answers(400, 401, 403, 404))
-    def retrieve_video(request: Request, video_id: str) -> Any:
+    async def retrieve_video(request: Request, video_id: str) -> Any:
         """How far a clip is."""
         return service.video(find(request, video_id))
 
@@ -128,7 +131,7 @@ def _videos(service: Service) -> "APIRouter":
             **shapes.answers(400, 401, 403, 404),
         },
     )
-    def download_video(request: Request, video_id: str, variant: Literal["video"] = "video") -> Any:
+    async def download_video(request: Request, video_id: str, variant: Literal["video"] = "video") -> Any:
         """The finished clip, MP4."""
         job = find(request, video_id)
         if job.status != COMPLETED:
@@ -154,7 +157,7 @@ def _videos(service: Service) -> "APIRouter":
     async def follow_video(request: Request, video_id: str) -> Response:
         """Progress as server-sent events: `video.progress` at each change, then `video.completed`, `video.failed` or
         `video.deleted`, and the end."""
-        job, owner = await run_in_threadpool(find, request, video_id), request.state.owner
+        job, owner = find(request, video_id), request.state.owner
         if streams.locked():
             later = {"Retry-After": "5"}
             raise Refused(429, "too many streams are open: ask for the clip instead", code="streams", headers=later)
@@ -175,7 +178,7 @@ def _videos(service: Service) -> "APIRouter":
                     if silent >= _ALIVE:
                         yield ": still here\n\n"
                         silent = 0.0
-                    found = await run_in_threadpool(service.jobs.find, video_id, owner)
+                    found = service.jobs.find(video_id, owner)
                     if found is None:
                         yield f'event: video.deleted\ndata: {{"id": "{video_id}"}}\n\n'
                         return

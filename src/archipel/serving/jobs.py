@@ -74,11 +74,15 @@ def _job(row: Sequence[Any]) -> Job:
     return Job(**values | {"settings": json.loads(values["settings"])})
 
 
+def _select(db: sqlite3.Connection, rest: str, *values: Any) -> list[Job]:
+    return [_job(row) for row in db.execute(f"SELECT {_COLUMNS} FROM jobs {rest}", values).fetchall()]
+
+
 class Jobs:
     """The jobs of one server, in ``folder/jobs.sqlite`` (mode 0600). Safe to be called from several threads."""
 
     def __init__(self, folder: Path) -> None:
-        self._lock = threading.RLock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self.path = folder / "jobs.sqlite"
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # its journal gets the same mode
         self.path.chmod(0o600)
@@ -87,6 +91,9 @@ class Jobs:
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._prepare()
+            # Reads do not wait for writes, which wait for the disk: a connection of their own.
+            self._reader = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._reader.execute("PRAGMA query_only = ON")
         except sqlite3.DatabaseError as error:
             raise DamagedError(
                 f"{self.path} cannot be used as a list of jobs ({error}): move it away to begin anew"
@@ -114,12 +121,13 @@ class Jobs:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _select(self, rest: str, *values: Any) -> list[Job]:
-        with self._lock:
-            return [_job(row) for row in self._connection.execute(f"SELECT {_COLUMNS} FROM jobs {rest}", values)]
+    def _read(self, query: str, *values: Any) -> list[Any]:
+        with self._reading:
+            return self._reader.execute(query, values).fetchall()
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._connection.close()
 
     def fact(self, name: str, make: bytes) -> bytes:
@@ -150,7 +158,7 @@ class Jobs:
         text = json.dumps(settings, sort_keys=True)
         with self._change() as db:
             if same_request is not None:
-                found = self._select("WHERE owner = ? AND same_request = ?", owner, same_request)
+                found = _select(db, "WHERE owner = ? AND same_request = ?", owner, same_request)
                 if found:
                     kept = db.execute("SELECT digest FROM jobs WHERE id = ?", (found[0].id,)).fetchone()[0]
                     if kept != digest:
@@ -164,19 +172,20 @@ class Jobs:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (name, owner, QUEUED, prompt, seed, text, image, same_request, digest, time.time()),
             )
-            return self._select("WHERE id = ?", name)[0]
+            return _select(db, "WHERE id = ?", name)[0]
 
     def find(self, name: str, owner: str) -> Job | None:
-        found = self._select("WHERE id = ? AND owner = ?", name, owner)
-        return found[0] if found else None
+        found = self._read(f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND owner = ?", name, owner)
+        return _job(found[0]) if found else None
 
     def page(self, owner: str, *, after: Job | None = None, limit: int = 20, newest: bool = True) -> list[Job]:
         """Up to ``limit`` jobs of an owner, newest or oldest first, beginning after ``after``."""
-        where, values = "WHERE owner = ?", [owner]
-        if after is not None:
-            where += " AND number < ?" if newest else " AND number > ?"
+        beyond = "" if after is None else f"AND number {'<' if newest else '>'} ? "
         ahead = [] if after is None else [after.number]
-        return self._select(f"{where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?", *values, *ahead, limit)
+        query = (
+            f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? {beyond}ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?"
+        )
+        return [_job(row) for row in self._read(query, owner, *ahead, limit)]
 
     def delete(self, name: str) -> bool:
         """Remove a job in whatever state; whoever works on it finds it gone. Returns whether it was there."""
@@ -191,13 +200,11 @@ class Jobs:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def counts(self) -> dict[str, int]:
-        with self._lock:
-            found = dict(self._connection.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
+        found = dict(self._read("SELECT status, count(*) FROM jobs GROUP BY status"))
         return {state: found.get(state, 0) for state in STATES}
 
     def names(self) -> set[str]:
-        with self._lock:
-            return {row[0] for row in self._connection.execute("SELECT id FROM jobs")}
+        return {row[0] for row in self._read("SELECT id FROM jobs")}
 
     # --- the worker --------------------------------------------------------------------------------------------------
 
@@ -215,16 +222,16 @@ class Jobs:
     def claim(self, most: int) -> list[Job]:
         """The job that waits longest and up to ``most - 1`` of equal settings, now in progress; empty where none waits."""
         with self._change() as db:
-            first = self._select("WHERE status = ? ORDER BY number LIMIT 1", QUEUED)
+            first = _select(db, "WHERE status = ? ORDER BY number LIMIT 1", QUEUED)
             if not first:
                 return []
             settings = json.dumps(first[0].settings, sort_keys=True)
             rest = "WHERE status = ? AND settings = ? AND (image IS NULL) = ? ORDER BY number LIMIT ?"
-            names = [job.id for job in self._select(rest, QUEUED, settings, first[0].image is None, most)]
+            names = [job.id for job in _select(db, rest, QUEUED, settings, first[0].image is None, most)]
             marks = ", ".join("?" * len(names))
             change = f"UPDATE jobs SET status = ?, started = ?, attempts = attempts + 1 WHERE id IN ({marks})"
             db.execute(change, (RUNNING, time.time(), *names))
-            return self._select(f"WHERE id IN ({marks}) ORDER BY number", *names)
+            return _select(db, f"WHERE id IN ({marks}) ORDER BY number", *names)
 
     def put_back(self, names: Sequence[str]) -> None:
         """Queue jobs again that were interrupted in good order: that was no attempt."""
@@ -236,8 +243,7 @@ class Jobs:
                 )
 
     def running(self) -> set[str]:
-        with self._lock:
-            return {row[0] for row in self._connection.execute("SELECT id FROM jobs WHERE status = ?", (RUNNING,))}
+        return {row[0] for row in self._read("SELECT id FROM jobs WHERE status = ?", RUNNING)}
 
     def complete(self, name: str, size: int) -> bool:
         """Whether the job was still wanted."""

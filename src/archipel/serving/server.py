@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,14 @@ def opened(archipelago: Archipelago, folder: Path, keys: list[str], limits: Limi
         yield app.make(Service.open(archipelago, folder, keys, limits))
 
 
+def warm(archipelago: Archipelago, tell: Tell) -> None:
+    """Load what the run's own strategy needs, so that the first client does not wait for it; say what is not there yet."""
+    try:
+        archipelago.generate(["a"], steps=1, guidance=1.0, solver="euler")
+    except ArchipelError as error:
+        tell(f"warning: clips cannot be made as this run stands: {error}")
+
+
 def serve(
     archipelago: Archipelago, folder: Path, *, host: str, port: int, keys: list[str], limits: Limits, tell: Tell
 ) -> None:
@@ -53,6 +62,8 @@ def serve(
     import uvicorn
 
     check_exposure(host, keys)
+    sys.setswitchinterval(0.001)  # the models' thread gives way to clients sooner than after Python's 5 ms
+    warm(archipelago, tell)
     with contextlib.closing(listen(host, port)) as sock, opened(archipelago, folder, keys, limits) as app:
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{sock.getsockname()[1]}{'' if keys else ' (no key: this machine only)'}")
