@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import socket
 import time
 import warnings
@@ -162,3 +163,16 @@ def test_deleting_erases_the_prompt_from_the_disk(server: Process) -> None:
     asked.videos.delete(name)
     assert not any(b"unforgettable-words" in path.read_bytes() for path in state.glob("jobs.sqlite*"))
     assert not list((state / "clips").glob(f"{name}*"))
+
+
+def test_a_stop_in_the_middle_ends_streams_and_keeps_the_job(started: Callable[..., Process]) -> None:
+    server = started()
+    video = client(server).videos.create(prompt="x", extra_body={"steps": 200})
+    url, headers = f"{server.url}/v1/videos/{video.id}/events", {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream("GET", url, headers=headers, timeout=30) as stream:
+        assert next(stream.iter_text()).startswith("event: video.progress")
+        begin = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(20) == -signal.SIGTERM and time.monotonic() - begin < 9
+    server = started()
+    assert until_done(client(server), video.id).status == "completed"
