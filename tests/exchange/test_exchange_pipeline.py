@@ -302,3 +302,15 @@ def test_a_hub_repository_is_fetched_without_its_code(exported: Path, monkeypatc
     ((where, more),) = asked
     assert (where, more["revision"]) == ("somebody/model", "v1")
     assert "*.safetensors" in more["allow_patterns"] and not any("py" in one for one in more["allow_patterns"])
+
+
+def test_a_scheduler_of_another_process_is_refused(pipe: ArchipelPipeline) -> None:
+    from diffusers import DDIMScheduler
+
+    kept = pipe.scheduler
+    try:
+        pipe.scheduler = DDIMScheduler()
+        with pytest.raises(ArchipelError, match="DDIMScheduler does not take velocities"):
+            pipe("a red ball", num_inference_steps=2)
+    finally:
+        pipe.scheduler = kept
