@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,34 @@ def test_wrong_parts_end_with_two_and_one_sentence(
     code, said = say(capsys, "init", tmp_path / "run", *given)
     assert code == 2 and says in said and "Traceback" not in said, said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("transformer", "num_layers", "two"),
+        ("transformer", "num_layers", -1),
+        ("transformer", "num_layers", 10**8),
+        ("transformer", "num_attention_heads", 10**9),
+        ("transformer", "patch_size", [1, 0, 0]),
+        ("text_encoder", "num_layers", 10**8),
+        ("text_encoder", "vocab_size", 10**12),
+    ],
+)
+def test_absurd_numbers_of_a_configuration(
+    part: str, key: str, value: object, pipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(pipe, tmp_path / "pipe")
+    config = folder / part / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    parts = ["--codec", folder, "--text", folder, "--weights", folder]
+    code, said = say(capsys, "init", tmp_path / "run", "--preset", "tiny", "--source", "shapes", *parts)
+    assert code == 2 and key in said and "expected" in said, said
+    assert not (tmp_path / "run" / "run.toml").exists()
+
+
+def test_a_configuration_nested_without_end(pipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(pipe, tmp_path / "pipe")
+    (folder / "vae" / "config.json").write_text("[" * 200_000)
+    code, said = say(capsys, "init", tmp_path / "run", "--preset", "tiny", "--backbone", "wan", "--codec", folder)
+    assert code == 2 and "nested" in said, said

@@ -238,3 +238,10 @@ def test_empty_batches(opened: dict[str, autoencoders.Autoencoder]) -> None:
     codec = opened["wan"]
     assert codec.encode(torch.zeros(0, 3, 9, 16, 16)).shape == (0, 16, 3, 2, 2)
     assert codec.decode(torch.zeros(0, 16, 3, 2, 2)).shape == (0, 3, 9, 16, 16)
+
+
+@pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
+def test_statistics_that_are_no_numbers_are_refused(key: str) -> None:
+    model = autoencoder_class("wan")(**{**AUTOENCODERS["wan"][1], key: [float("nan")] * 16})
+    with pytest.raises(ArchipelError, match="no finite number"):
+        autoencoders.Autoencoder(model)

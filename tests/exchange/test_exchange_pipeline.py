@@ -316,3 +316,15 @@ def test_archipelago_loads_an_export_as_it_loads_a_run(whole: Run, tmp_path: Pat
         Archipelago.load(folder, run_id="0" * 16)
     with pytest.raises(MissingStageError, match=r"not there yet in .*out: monolith: it was exported without monolith"):
         out.generate(PROMPTS, strategy="monolith")
+
+
+def test_a_scheduler_of_another_process_is_refused(pipe: ArchipelPipeline) -> None:
+    from diffusers import DDIMScheduler
+
+    kept = pipe.scheduler
+    try:
+        pipe.scheduler = DDIMScheduler()
+        with pytest.raises(ArchipelError, match="DDIMScheduler does not take velocities"):
+            pipe("a red ball", num_inference_steps=2)
+    finally:
+        pipe.scheduler = kept

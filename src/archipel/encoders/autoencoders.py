@@ -160,6 +160,11 @@ def statistics(model: Any) -> tuple[Tensor, Tensor]:
 
     # Wan's configuration has no scaling_factor; CogVideoX's 1.0 or so stands for one over the standard deviation.
     scale = float(config.get("scaling_factor") or 1.0)
+    stated = torch.cat([per_channel(mean).flatten(), per_channel(std).flatten(), torch.tensor([scale])])
+    if not bool(stated.isfinite().all()):
+        raise ArchipelError(
+            f"{type(model).__name__} states a mean, deviation or scale of its latents that is no finite number"
+        )
     if float(per_channel(std).min()) <= 0 or scale <= 0:
         raise ArchipelError(f"{type(model).__name__} states a standard deviation that is not above 0")
     return per_channel(mean), scale / per_channel(std)

@@ -170,6 +170,8 @@ def read_config(place: Place, what: str, name: str = CONFIG) -> dict[str, Any]:
         raise ConfigError(f"{what} {place.said!r}: {place.folder / name} has more than {_MAX_JSON >> 20} MB")
     try:
         config = store.read_json(path)
+    except RecursionError as error:
+        raise ConfigError(f"{what} {place.said!r}: {place.folder / name} is nested too deeply to be read") from error
     except DamagedError as error:
         raise ConfigError(f"{what} {place.said!r}: {error}") from error
     if not isinstance(config, dict):

@@ -7,7 +7,7 @@ is refused here where a folder is at fault, and by ``archipel.config`` where two
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from archipel import config as configuration
@@ -155,6 +155,26 @@ def text_places(source: str, *, weights: bool = False) -> dict[str, Place]:
     return places
 
 
+_MOST_BLOCKS, _MOST_SIZE = 1000, 1 << 24
+_TEXT_COUNTS = ("num_layers", "num_hidden_layers", "num_decoder_layers", "vocab_size", "d_ff", "intermediate_size")
+_TRANSFORMER_COUNTS = (
+    "num_layers", "num_single_layers", "num_refiner_layers", "num_attention_heads", "attention_head_dim", "in_channels",
+    "out_channels", "patch_size", "patch_size_t", "text_dim", "freq_dim", "ffn_dim", "joint_attention_dim", "caption_channels",
+    "pooled_projection_dim", "cross_attention_dim", "text_embed_dim", "time_embed_dim", "rope_max_seq_len",
+    "max_text_seq_length", "sample_width", "sample_height", "sample_frames",
+)  # fmt: skip
+
+
+def _bounded(config: Mapping[str, Any], keys: Iterable[str], said: str) -> None:
+    """Refuse a count or a size that no model has: a stranger's configuration must not make us build forever, nor fail within
+    arithmetic. Layers: 0 to 1000; all else 1 to 2^24. Raises ConfigError naming the key."""
+    for key in keys:
+        least, most = (0, _MOST_BLOCKS) if key.endswith("layers") else (1, _MOST_SIZE)
+        for value in _numbers(config.get(key)):
+            if type(value) is not int or not least <= value <= most:
+                raise ConfigError(f"{said}: {key} of its configuration is {value!r}, expected {least} to {most}")
+
+
 def text_kind(config: Mapping[str, Any], said: str) -> tuple[str, int, int]:
     """(t5, umt5 or clip; width; most tokens, 0: no bound) of a text encoder's configuration. Raises ConfigError."""
     kind = config.get("model_type")
@@ -169,6 +189,8 @@ def text_kind(config: Mapping[str, Any], said: str) -> tuple[str, int, int]:
         )
     if type(width) is not int or type(most) is not int or width < 1:
         raise ConfigError(f"text {said!r}: its configuration has no usable width ({width!r})")
+    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        _bounded(section, _TEXT_COUNTS, f"text {said!r}")
     return name, width, most
 
 
@@ -221,6 +243,7 @@ def weights_values(source: str) -> dict[str, Any]:
             f"{', '.join(names)}"
         )
     network = _stated(config)
+    _bounded(network, _TRANSFORMER_COUNTS, f"weights {source!r}")
     if names[str(found)] == "cogvideox" and others:
         network["_schedule"] = _stated(outside.read_config(others[0], "weights", "scheduler_config.json"))
     return {

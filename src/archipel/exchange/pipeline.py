@@ -318,6 +318,13 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
     def _timesteps(self, steps: int, device: torch.device) -> Tensor:
         """The scheduler's, evenly spaced from 1 to 1 / steps before its own shift where it takes them (as ``time_grid``)."""
         scheduler: Any = self.scheduler
+        if not type(scheduler).__name__.startswith("FlowMatch") and "flow" not in str(
+            scheduler.config.get("prediction_type")
+        ):
+            raise ArchipelError(
+                f"{type(scheduler).__name__} does not take velocities of a flow: use one whose name begins with FlowMatch, "
+                'or prediction_type="flow_prediction" and use_flow_sigmas=True where it has them'
+            )
         more: dict[str, Any] = {}
         takes = inspect.signature(scheduler.set_timesteps).parameters
         if "sigmas" in takes and getattr(scheduler, "order", 1) == 1:
