@@ -109,6 +109,11 @@ def measure(case: str, small: bool, traced: bool, returned: bool = False) -> int
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
+def _share(predicted: int, measured: int) -> float | None:
+    """Their ratio; None where a network was so small that the process did not grow."""
+    return round(predicted / measured, 4) if measured > 0 else None
+
+
 def run(small: bool = False) -> dict[str, Any]:
     table = []
     with common.Benchmark(
@@ -128,9 +133,9 @@ def run(small: bool = False) -> dict[str, Any]:
                     "allocated, MiB": round(found["allocated"] / MEGA, 2),
                     "resident, MiB": round(found["resident"] / MEGA, 2),
                     "returned, MiB": round(found["returned"] / MEGA, 2),
-                    "predicted / allocated": round(predicted / found["allocated"], 4),
-                    "predicted / resident": round(predicted / found["resident"], 4),
-                    "predicted / returned": round(predicted / found["returned"], 4),
+                    "predicted / allocated": _share(predicted, found["allocated"]),
+                    "predicted / resident": _share(predicted, found["resident"]),
+                    "predicted / returned": _share(predicted, found["returned"]),
                 }
             )
         b.tables["a step's peak"] = table
