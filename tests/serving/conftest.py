@@ -39,6 +39,7 @@ class Generator:
         self.go = threading.Event()
         self.go.set()
         self.begun = threading.Event()
+        self.let_go = True  # when the server is asked to end, so that nobody waits for what is held up
 
     def refresh(self) -> list[str]:
         return []
@@ -91,7 +92,8 @@ def serve(generator: Generator, tmp_path: Path) -> Served:
                 try:
                     yield client
                 finally:
-                    with_.go.set()
+                    if with_.let_go:
+                        with_.go.set()
 
     return run
 

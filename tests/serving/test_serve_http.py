@@ -17,6 +17,7 @@ from PIL import Image
 from tests.serving.conftest import Generator, Served
 
 from archipel.run import Run
+from archipel.serving.worker import Worker
 
 ONE, OTHER = "key-one", "key-other"
 
@@ -271,7 +272,18 @@ def test_one_bad_clip_does_not_spoil_its_batch_and_tells_no_secrets(
     assert "spoil" not in caplog.text.replace("spoilt", "")
 
 
-def test_jobs_survive_a_stop_in_the_middle(serve: Served, generator: Generator) -> None:
+def test_jobs_survive_a_stop_in_the_middle(
+    serve: Served, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Worker.stop
+
+    def stopped_and_let_go(worker: Worker, seconds: float = 30.0) -> None:
+        worker._stopping.set()  # first, or the clip could be finished before
+        generator.go.set()
+        stop(worker, seconds)
+
+    monkeypatch.setattr(Worker, "stop", stopped_and_let_go)
+    generator.let_go = False
     generator.go.clear()
     with serve(batch=1) as client:
         names = [ask(client, f"{i}", seed=i)["id"] for i in range(3)]
