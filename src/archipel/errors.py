@@ -31,6 +31,16 @@ class MissingStageError(ArchipelError):
     """A stage needs files of an earlier stage that are not there yet."""
 
 
+class ExpertLost(ArchipelError):
+    """An expert on another machine does not answer, or answers with what cannot be used; ``reason``: a part of a sentence.
+
+    Sampling can go on with the others."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Work was asked to stop (Ctrl-C, SIGTERM or --for) and has kept everything; not a failure.
 
