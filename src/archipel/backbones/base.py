@@ -205,4 +205,9 @@ def _read_folder(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, An
     if not isinstance(facts, dict) or not isinstance(config, dict):
         raise DamagedError(f"{folder}: card.json has no 'network', or {CONFIG} is not an object")
     mapped = store.map_tensors(folder / WEIGHTS)
-    return facts, config, {name: torch.tensor(array) for name, array in mapped.items()}
+    return facts, config, {name: in_float32(array) for name, array in mapped.items()}
+
+
+def in_float32(array: np.ndarray) -> Tensor:
+    """A copy in memory. What lies in half precision (see ``exchange.pack``) is computed with in float32."""
+    return torch.tensor(array.astype(np.float32) if array.dtype == np.float16 else array)

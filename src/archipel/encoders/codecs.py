@@ -314,7 +314,9 @@ def load_codec(folder: Path) -> PatchPCA | Pixels | Autoencoder:
             from archipel.encoders import autoencoders
 
             return autoencoders.load(folder, tiling=bool(facts.get("tiling")))
-        tensors = {name: torch.tensor(value) for name, value in store.map_tensors(folder / "model.safetensors").items()}
+        mapped = store.map_tensors(folder / "model.safetensors")
+        # What lies in half precision (see ``exchange.pack``) is computed with in float32.
+        tensors = {name: torch.tensor(np.asarray(value, np.float32)) for name, value in mapped.items()}
         pt, ph, pw = (int(part) for part in facts["patch"])
         if facts["name"] == Pixels.name:
             return Pixels((pt, ph, pw), float(tensors["mean"]), float(tensors["scale"]))

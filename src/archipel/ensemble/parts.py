@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
-from archipel import store
+from archipel import box, store
 from archipel.config import RunConfig
 from archipel.contracts import Codec, Conditioning, Posterior, TextEncoder, Velocity
 from archipel.ensemble.shelf import Shelf
@@ -126,25 +126,39 @@ class RunFolder:
         return "run " + "; ".join(commands)
 
 
+class BoxFolder(RunFolder):
+    """A model that ``archipel pack`` made: a run's folder with what generating needs, and nothing that could make the rest."""
+
+    def how(self, names: Sequence[str]) -> str:
+        return f"it holds experts and router only; {box.CARD} in it says how the run is made again"
+
+
 def open_source(where: Path | str, run_id: str | None = None) -> Source:
-    """The source at a folder or a URL. Raises ArchipelError where there is no run, or one of another id."""
+    """The source at a folder, a URL, or ``box:``. Raises ArchipelError where there is no run, or one of another id."""
+    where = box.locate(where)
     if "://" in str(where) or (Path(where) / PUBLISHED).is_file():
         return cast(Source, pkgutil.resolve_name(OPENER)(str(where), run_id))
     run = Run.open(where)
     if run_id is not None:
         run.expect(run_id)
+    if box.is_box(run.root):
+        box.facts(run.root)
+        return BoxFolder(run)
     return RunFolder(run)
 
 
 def open_parts(
-    where: Path | str,
+    where: Path | str | None = None,
     device: str = "cpu",
     *,
     run_id: str | None = None,
     memory: int | None = None,
     host: int | None = 0,
 ) -> Parts:
-    """The parts of a run's folder, of a bucket, or of an export. Raises ArchipelError where there is no run, or not ``run_id``."""
+    """The parts of a run's folder, of a bucket, of an export, or (None, ``box:``) of the model that ships with the package.
+
+    Raises ArchipelError where there is no run, or not ``run_id``."""
+    where = box.locate(where)
     if "://" in str(where) or not (Path(where) / EXPORTED).is_file():
         return Parts(open_source(where, run_id), device, memory=memory, host=host)
     if memory is not None:

@@ -21,6 +21,7 @@ from archipel.ensemble import provenance, strategies
 from archipel.ensemble.generated import Generated
 from archipel.ensemble.images import check_given, read_frames
 from archipel.ensemble.parts import Parts, open_parts
+from archipel.ensemble.safety import settled
 from archipel.ensemble.settings import (
     MAX_PROMPT,
     Settings,
@@ -37,6 +38,7 @@ from archipel.run import DAMAGED, MONOLITH, ROUTER
 
 if TYPE_CHECKING:
     from archipel.ensemble.images import Pictures
+    from archipel.ensemble.safety import Safety
 
 __all__ = ["MAX_PROMPT", "Archipelago", "Generated", "Lineup", "Parts", "Settings", "parse_strategy"]
 
@@ -70,7 +72,7 @@ class Archipelago:
     @classmethod
     def load(
         cls,
-        where: Path | str,
+        where: Path | str | None = None,
         *,
         device: str = "cpu",
         run_id: str | None = None,
@@ -78,7 +80,7 @@ class Archipelago:
         host: int | None = 0,
     ) -> Archipelago:
         """Open a run's folder, an exported folder, or a bucket (``s3://``, ``gs://``, ``az://``, ``file://``: admitted experts
-        only).
+        only); without ``where``, the model that ships with the package.
 
         memory: most bytes of experts, monolith, router and base on ``device`` at a time; they are read when they are needed, and
         what was used longest ago makes room. host: on a GPU, most bytes of those that made room which are kept in the host's
@@ -121,6 +123,7 @@ class Archipelago:
         router_every: int | None = None,
         router_until: float | None = None,
         on_step: samplers.OnStep | None = None,
+        safe: Safety | bool | None = None,
     ) -> Generated:
         """Clips for ``prompts``, ``count`` of each. What is not given comes from ``[sample]`` of run.toml.
 
@@ -133,6 +136,7 @@ class Archipelago:
         clips are.
         router_every, router_until: ask the router less often than at every step, see ``sparing``.
         on_step(i, n, x, t): see samplers.
+        safe: True or a ``Safety`` refuses prompts and pictures and withholds clips, see ``safety``; ``Generated.blocked``.
         Any non-empty set of experts will do: shares of missing ones go to the others, ``warnings`` say which.
         Raises ArchipelError naming what cannot be used, MissingStageError naming what has to be trained first.
         """
@@ -142,7 +146,11 @@ class Archipelago:
         pictures = {"image": image, "last_image": last_image}
         numbers = first_seed(seed, seeds)
         return Generated.join(
-            [*self.batches(prompts, given, numbers, count, batch, clusters=clusters, on_step=on_step, **pictures)]
+            [
+                *self.batches(
+                    prompts, given, numbers, count, batch, clusters=clusters, on_step=on_step, safe=safe, **pictures
+                )
+            ]
         )
 
     def batches(
@@ -157,6 +165,7 @@ class Archipelago:
         image: Pictures | None = None,
         last_image: Pictures | None = None,
         on_step: samplers.OnStep | None = None,
+        safe: Safety | bool | None = None,
     ) -> Iterator[Generated]:
         """What ``generate`` returns, a batch at a time as each is finished; ``given``: its settings by name.
 
@@ -173,6 +182,10 @@ class Archipelago:
         check_given(self.config, image is not None, last_image is not None)
         first = read_frames(image, len(prompts), self.config.clips)
         last = read_frames(last_image, len(prompts), self.config.clips, "last_image")
+        safety = settled(safe)
+        if safety is not None:
+            safety.check_prompts(prompts)
+            safety.check_frames({"image": first, "last_image": last})
         self.parts.refresh(fresh=False)
         lineup = self.lineup(settings, clusters, len(prompts))
         cond, warnings = self.encode(prompts)
@@ -184,7 +197,8 @@ class Archipelago:
             latents, trace = self.sample(
                 settings, cond[part], numbers[part], clusters=own, on_step=on_step, lineup=lineup
             )
-            yield Generated(
+            yield Generated.checked(
+                safety,
                 self.decode(latents),
                 self.config.clips.fps,
                 prompts[part],

@@ -93,32 +93,41 @@ def _check_published(bucket: Bucket, source: Source) -> None:
 
 def _folder(run: Run, name: str, source: Source) -> Answer:
     folder, pointer = run.expert(name), run.root / keys.ADMITTED / f"{name}.json"
-    job, rules = Job(run.config, run.id, name, _own_base(run)), source.trust
-    sha256: str | None = None
     try:
         if not folder.is_dir():
             raise Refusal("format", f"there is no result at {folder}: `archipel train {run.root} {name}` makes one")
-        bundle.check_listing(folder, run.root)
-        if rules.signature.required:
-            raise Refusal("signature", "a run's folder has no signatures, and trust.toml requires them")
-        card, sha256 = bundle.check_card(folder, job, rules.bounds)
-        bundle.check_files(folder, card, job, rules.bounds)
-        if name == ROUTER and (folder / CALIBRATION).exists():
-            bundle.check_calibration(folder, card, job)
-        _check_not_another(admitted(run), name, card)
-        shard = run.shard(name)
-        run.need(shard, "partition")
-        _check_intact(shard)
-        held = Held(shard / "validation.safetensors", store.read_card(shard, "shard") or {}, run.base)
-        _check_clips(card, held, job)
-        told = bundle.check_loss(folder, card, job, held, rules.loss)
+        told, sha256 = check(run, name, folder, run.root, source.trust, admitted(run))
     except Refusal as refusal:
-        known = admitted(run).get(name)
-        if known is not None and known.sha256 == sha256:
+        known, card = admitted(run).get(name), folder / CARD
+        if known is not None and card.is_file() and known.sha256 == store.sha256_file(card):
             pointer.unlink(missing_ok=True)  # what is refused today is not admitted any longer
         return Answer(False, refusal.rule, refusal.detail)
     store.write_json(pointer, _pointer(run.id, name, sha256, 0, _sizes(folder, LOADED)))
     return Answer(True, None, told)
+
+
+def check(
+    run: Run, name: str, folder: Path, root: Path, rules: trusting.Trust, known: Mapping[str, Admitted]
+) -> tuple[str, str]:
+    """Hold the result of job ``name`` in ``folder`` (somewhere in ``root``) to every rule of a run's folder; its loss is measured on
+    the run's own shard. ``known``: what is admitted already. Returns what was measured, in words, and the card's sha256.
+    Raises Refusal.
+    """
+    job = Job(run.config, run.id, name, _own_base(run))
+    bundle.check_listing(folder, root)
+    if rules.signature.required:
+        raise Refusal("signature", "a run's folder has no signatures, and trust.toml requires them")
+    card, sha256 = bundle.check_card(folder, job, rules.bounds)
+    bundle.check_files(folder, card, job, rules.bounds)
+    if name == ROUTER and (folder / CALIBRATION).exists():
+        bundle.check_calibration(folder, card, job)
+    _check_not_another(known, name, card)
+    shard = run.shard(name)
+    run.need(shard, "partition")
+    _check_intact(shard)
+    held = Held(shard / "validation.safetensors", store.read_card(shard, "shard") or {}, run.base)
+    _check_clips(card, held, job)
+    return bundle.check_loss(folder, card, job, held, rules.loss), sha256
 
 
 def _own_base(run: Run) -> str | None:
