@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from archipel.contracts import Conditioning
-from archipel.ensemble.strategies import Routed
+from archipel.ensemble.strategies import Routed, renormalise
 
 
 class Spared:
@@ -36,6 +36,17 @@ class Spared:
 
     def needed(self) -> list[int] | None:
         return self._routed.needed()
+
+    def lose(self, k: int) -> bool:
+        """The last posterior stays, over the experts that are left; the evaluation in which one was lost counts once."""
+        self._evaluations = max(0, self._evaluations - 1)
+        if not self._routed.lose(k):
+            return False
+        if self._p is not None:
+            left = torch.ones_like(self._p, dtype=torch.bool)
+            left[:, k] = False
+            self._p = renormalise(self._p, left & (self._p > 0))
+        return True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
         step, part = divmod(self._evaluations, self._calls)

@@ -11,7 +11,8 @@ paper's samples; drawing one per clip for the whole path ("ancestral") does not,
 
 Where experts are missing (not trained yet, not admitted), ``present`` names those that are there. The posterior is
 restricted to them and renormalised before a strategy looks at it: p(k | x, t, c, k in present), the exact posterior of the
-mixture that the present clusters make up by themselves. The missing ones have weight 0 and are never called.
+mixture that the present clusters make up by themselves. The missing ones have weight 0 and are never called. An expert that
+is lost in the middle of a clip (a remote one that answers no more) is missing from then on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble.guidance import Composition, branch_weights, combine
 from archipel.ensemble.together import in_one_pass
-from archipel.errors import ArchipelError
+from archipel.errors import ArchipelError, ExpertLost
 from archipel.flow import draws
 
 Select = Callable[[Tensor], Tensor]
@@ -98,6 +99,10 @@ class Weighting(Protocol):
         """Experts that can get weight, or None where all can."""
         ...
 
+    def lose(self, k: int) -> bool:
+        """Give expert ``k`` no weight from now on; False where a clip then has no other."""
+        ...
+
 
 class Routed:
     """Weights from the posterior at every step, restricted to the experts that ``select`` keeps.
@@ -108,6 +113,7 @@ class Routed:
     def __init__(self, router: Posterior, select: Select, present: Sequence[int] | None = None) -> None:
         self._router, self._select, self._present = router, select, present
         self.asked = 0  # rows that went through the router, both branches counted
+        self._k = 0  # experts that the router knows, once it was asked
 
     def _kept(self, p: Tensor) -> Tensor:
         kept = self._select(p)  # top-k of more experts than are there would keep some with weight 0
@@ -117,9 +123,12 @@ class Routed:
         """(p(k | x, t, c) over the experts that are there, p(k | x, t, null) or None where it is not wanted), (B, K) each."""
         self.asked += len(x) * (2 if null else 1)
         if not null:
-            return restrict(_checked(self._router(x, t, cond)), self._present), None
+            p = _checked(self._router(x, t, cond))
+            self._k = p.shape[1]
+            return restrict(p, self._present), None
         doubled = Conditioning.cat([cond, cond.null()])
         p, q = _checked(self._router(torch.cat([x, x]), torch.cat([t, t]), doubled)).chunk(2)
+        self._k = p.shape[1]
         return restrict(p, self._present), q
 
     def weights(self, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,6 +143,11 @@ class Routed:
     def needed(self) -> list[int] | None:
         return None
 
+    def lose(self, k: int) -> bool:
+        there = range(self._k) if self._present is None else self._present
+        self._present = [one for one in there if one != k]
+        return bool(self._present)
+
 
 def _checked(p: Tensor) -> Tensor:
     if not bool(torch.isfinite(p).all()):
@@ -142,17 +156,41 @@ def _checked(p: Tensor) -> Tensor:
 
 
 class Fixed:
-    """Weights (B, K) that are the same at every time."""
+    """Weights (B, K) that are the same at every time.
 
-    def __init__(self, weights: Tensor) -> None:
-        self._weights = weights
+    ``again(others)``: new weights (B, K) among the experts ``others``, for clips that lost the only one they had; None where
+    there are none. Without it such a clip cannot be made.
+    """
+
+    def __init__(self, weights: Tensor, again: Callable[[list[int]], Tensor | None] | None = None) -> None:
+        self.weights, self._again = weights, again
+        self._gone: set[int] = set()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, null: bool) -> tuple[Tensor, Tensor]:
-        w = self._weights.to(x)
+        w = self.weights.to(x)
         return w, w
 
     def needed(self) -> list[int] | None:
-        return [k for k in range(self._weights.shape[1]) if bool((self._weights[:, k] > 0).any())]
+        return [k for k in range(self.weights.shape[1]) if bool((self.weights[:, k] > 0).any())]
+
+    def lose(self, k: int) -> bool:
+        """Clips that had others keep these, with more weight; those that had none but ``k`` are given new weights."""
+        self._gone.add(k)
+        kept = self.weights.clone()
+        kept[:, k] = 0
+        alone = kept.sum(1) == 0
+        others = [one for one in range(kept.shape[1]) if one not in self._gone]
+        if bool(alone.any()):
+            drawn = None if self._again is None else self._again(others)
+            if drawn is None:
+                return False
+            kept[alone] = drawn.to(kept)[alone]
+        self.weights = kept / kept.sum(1, keepdim=True)
+        return True
+
+    def of(self, rows: Tensor) -> Fixed:
+        """The same for some of the clips, without a second draw."""
+        return Fixed(self.weights[rows])
 
 
 def one_each(chosen: Sequence[int] | np.ndarray | Tensor, k: int) -> Fixed:
@@ -175,8 +213,22 @@ def uniform(clips: int, k: int, present: Sequence[int] | None = None) -> Fixed:
 def random_expert(seeds: Sequence[int], k: int, present: Sequence[int] | None = None) -> Fixed:
     """One expert (of those there) per clip drawn evenly from the clip's seed: a control for the router's choice."""
     u = np.concatenate([draws.uniforms(seed, [1]) for seed in seeds]) if seeds else np.empty(0)
-    there = np.array(range(k) if present is None else sorted(present), dtype=np.int64)
-    return one_each(there[np.minimum((u * len(there)).astype(np.int64), len(there) - 1)], k)
+
+    def among(those: Sequence[int]) -> Tensor:
+        there = np.array(sorted(those), dtype=np.int64)
+        return one_each(there[np.minimum((u * len(there)).astype(np.int64), len(there) - 1)], k).weights
+
+    return _drawn(among, range(k) if present is None else present)
+
+
+def _drawn(among: Callable[[Sequence[int]], Tensor], present: Sequence[int]) -> Fixed:
+    """Weights that ``among(experts)`` draws; once more among those that are left, where one is lost."""
+
+    def again(others: list[int]) -> Tensor | None:
+        left = [one for one in present if one in others]
+        return among(left) if left else None
+
+    return Fixed(among(present), again)
 
 
 def text_posterior(
@@ -218,10 +270,15 @@ def ancestral(
     is independent of the clip's noise and of its batch mates. With some experts missing: k ~ p(k | c, k in present).
     """
     p = text_posterior(router, cond, shape)
-    if present is None:
-        return one_each(draw(p, seeds), p.shape[1])
-    there = sorted(present)
-    return one_each(np.array(there)[draw(restrict(p, there)[:, there], seeds)], p.shape[1])
+    k = p.shape[1]
+
+    def among(those: Sequence[int]) -> Tensor:
+        there = sorted(those)
+        if len(there) == k:
+            return one_each(draw(p, seeds), k).weights
+        return one_each(np.array(there)[draw(restrict(p, there)[:, there], seeds)], k).weights
+
+    return _drawn(among, range(k) if present is None else present)
 
 
 # --- the mixture -----------------------------------------------------------------------------------------------------
@@ -230,12 +287,13 @@ def ancestral(
 @dataclass
 class Trace:
     """What a mixture did: per velocity call its time and weights (B, K) float32 on the CPU; rows computed per expert, and
-    rows that went through the router."""
+    rows that went through the router; experts that were lost on the way, each with the time t and why."""
 
     times: list[float] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     rows: dict[int, int] = field(default_factory=dict)
     router_rows: int = 0
+    lost: dict[int, tuple[float, str]] = field(default_factory=dict)
 
     def per_step(self, solver: str) -> np.ndarray:
         """Weights at the beginning of every solver step, float32 (B, S, K). Heun calls twice per step but the last."""
@@ -257,36 +315,64 @@ class Mixture:
         composition: Composition = "mixture-of-guided",
         trace: Trace | None = None,
     ) -> None:
-        self._experts, self._weighting = list(experts), weighting
+        self.experts, self.weighting = list(experts), weighting
         self._scale, self._composition, self._trace = guidance, composition, trace
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         null_wanted = self._scale != 1 and self._composition == "guided-mixture"
-        w, n = self._weighting(x, t, cond, null_wanted)
-        if w.shape != (x.shape[0], len(self._experts)):
-            raise ValueError(
-                f"weights of shape {tuple(w.shape)} for {x.shape[0]} rows and {len(self._experts)} experts"
-            )
-        a, b = branch_weights(w, n, self._scale, self._composition)
+        while True:
+            w, n = self.weighting(x, t, cond, null_wanted)
+            if w.shape != (x.shape[0], len(self.experts)):
+                raise ValueError(
+                    f"weights of shape {tuple(w.shape)} for {x.shape[0]} rows and {len(self.experts)} experts"
+                )
+            a, b = branch_weights(w, n, self._scale, self._composition)
+            v = self._mixed(x, t, cond, a, b)
+            if v is not None:
+                break  # else an expert was lost, and the others are weighed anew
         if self._trace is not None:
             self._trace.times.append(float(t[0]) if len(t) else 0.0)
             self._trace.weights.append(w.detach().float().cpu())
-            self._trace.router_rows = int(getattr(self._weighting, "asked", 0))
-        v = torch.zeros_like(x)
-        groups = [(k, ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]) for k in range(len(self._experts))]
+            self._trace.router_rows = int(getattr(self.weighting, "asked", 0))
+        return v
+
+    def _mixed(self, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor) -> Tensor | None:
+        """sum_k a_k v_k(c) + b_k v_k(null), like x; None where an expert was lost on the way."""
+        groups = [(k, ((a[:, k] != 0) | (b[:, k] != 0)).nonzero()[:, 0]) for k in range(len(self.experts))]
         asked = [(k, rows) for k, rows in groups if len(rows)]
-        together = in_one_pass(self._experts, asked, x, t, cond, a, b)
+        later: dict[int, Callable[[], Tensor]] = {}  # remote experts work while those here do
+        for number, (k, rows) in enumerate(asked):
+            if (ask := getattr(self.experts[k], "ask", None)) is not None:
+                later[number] = ask(x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+        together = in_one_pass(self.experts, asked, x, t, cond, a, b) if not later else None
         parts: list[Tensor | None] = [None] * len(asked) if together is None else [*together]
-        # Those in memory first, so that experts that take turns there (see ``shelf``) are not fetched twice a step; the sum is
-        # in the order of their numbers always, for the same bits.
+        # Those in memory first, so that experts that take turns there (see ``shelf``) are not fetched twice a step, and remote
+        # ones last; the sum is in the order of their numbers always, for the same bits.
         for number, (k, rows) in sorted(
-            enumerate(asked), key=lambda one: not getattr(self._experts[one[1][0]], "ready", True)
+            enumerate(asked),
+            key=lambda one: (one[0] in later, not getattr(self.experts[one[1][0]], "ready", True)),
         ):
-            if parts[number] is None:
-                parts[number] = combine(self._experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+            if number in later:
+                try:
+                    parts[number] = later[number]()
+                except ExpertLost as error:
+                    self.lose(k, float(t[0]), error.reason)
+                    return None
+            elif parts[number] is None:
+                parts[number] = combine(self.experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
             if self._trace is not None:
                 self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self._scale in (0, 1) else 2)
+        v = torch.zeros_like(x)
         for (_, rows), part in zip(asked, parts, strict=True):
             assert part is not None
             v.index_add_(0, rows, part.to(v.dtype))
         return v
+
+    def lose(self, k: int, t: float, reason: str) -> None:
+        """Go on without expert ``k``, which failed at time t. Raises ArchipelError where there is no other."""
+        if not self.weighting.lose(k):
+            raise ArchipelError(
+                f"expert {k} was lost ({reason}), and no other expert can make these clips: try again, or choose another strategy"
+            )
+        if self._trace is not None:
+            self._trace.lost[k] = (t, reason)

@@ -153,7 +153,7 @@ class Link:
             if len(data) > most:
                 raise _too_much(most)
         if answer.length:
-            raise http.client.IncompleteRead(bytes(), answer.length)
+            raise http.client.IncompleteRead(b"", answer.length)
         self.received += len(data)
         if answer.will_close:
             self._drop()

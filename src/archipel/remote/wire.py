@@ -29,7 +29,7 @@ _TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-class Malformed(ArchipelError):
+class MalformedError(ArchipelError):
     """A body that is not what it should be."""
 
 
@@ -43,12 +43,12 @@ class Shapes:
 
     @classmethod
     def of(cls, network: Mapping[str, Any]) -> Shapes:
-        """From ``network`` of a card. Raises Malformed."""
+        """From ``network`` of a card. Raises MalformedError."""
         try:
             C, T, H, W = (int(n) for n in network["latent_shape"])
             L, D, P = (int(n) for n in network["text_shape"])
         except (KeyError, TypeError, ValueError) as error:
-            raise Malformed("the card does not say which shapes its network reads") from error
+            raise MalformedError("the card does not say which shapes its network reads") from error
         return cls((C, T, H, W), (L, D, P), bool(network.get("image", False)))
 
     @property
@@ -76,93 +76,93 @@ def pack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None =
 
 
 def half(array: np.ndarray, name: str) -> np.ndarray:
-    """As F16. Raises Malformed where a number is too large for it."""
+    """As F16. Raises MalformedError where a number is too large for it."""
     with np.errstate(over="ignore"):
         small = array.astype(np.float16)
     if not bool(np.isfinite(small).all()):
-        raise Malformed(f"{name} holds numbers beyond 65504, which 16 bits cannot carry: leave fp16 off")
+        raise MalformedError(f"{name} holds numbers beyond 65504, which 16 bits cannot carry: leave fp16 off")
     return small
 
 
 def unpack(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors (read-only views of ``data``) and metadata of a body. Raises Malformed.
+    """Tensors (read-only views of ``data``) and metadata of a body. Raises MalformedError.
 
     The tensors must fill the body from its first byte to its last, without gap or overlap; nothing is executed.
     """
     if len(data) < 10:
-        raise Malformed(f"a body of {len(data)} bytes is no safetensors")
+        raise MalformedError(f"a body of {len(data)} bytes is no safetensors")
     length = int.from_bytes(data[:8], "little")
     if length > min(HEADER, len(data) - 8):
-        raise Malformed(f"a header of {length} bytes is claimed; at most {HEADER} are read")
+        raise MalformedError(f"a header of {length} bytes is claimed; at most {HEADER} are read")
     try:
         header = parse_json(data[8 : 8 + length].rstrip(b" "), "the header", numbers="format")
     except Refusal as refusal:
-        raise Malformed(refusal.detail) from None
+        raise MalformedError(refusal.detail) from None
     if not isinstance(header, dict):
-        raise Malformed("the header is no JSON object")
+        raise MalformedError("the header is no JSON object")
     told = header.pop("__metadata__", {})
     if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
-        raise Malformed("the metadata are not texts")
+        raise MalformedError("the metadata are not texts")
     if len(header) > _TENSORS:
-        raise Malformed(f"{len(header)} tensors, at most {_TENSORS} belong into a body")
+        raise MalformedError(f"{len(header)} tensors, at most {_TENSORS} belong into a body")
     entries = sorted(((name, *_entry(name, entry)) for name, entry in header.items()), key=lambda one: one[3:])
     found, at = {}, 0
     for name, kind, shape, begin, end in entries:
         if begin != at:
-            raise Malformed(f"tensor {shown(name)} begins at {begin}, expected {at}")
+            raise MalformedError(f"tensor {shown(name)} begins at {begin}, expected {at}")
         whole = data[8 + length + begin : 8 + length + end]
         if len(whole) != end - begin:
-            raise Malformed(f"tensor {shown(name)} ends behind the body")
+            raise MalformedError(f"tensor {shown(name)} ends behind the body")
         if kind == "BOOL" and not set(whole) <= {0, 1}:
-            raise Malformed(f"tensor {shown(name)} holds bytes that are neither 0 nor 1")
+            raise MalformedError(f"tensor {shown(name)} holds bytes that are neither 0 nor 1")
         found[name] = np.frombuffer(whole, _TYPES[kind]).reshape(shape) if whole else np.empty(shape, _TYPES[kind])
         at = end
     if 8 + length + at != len(data):
-        raise Malformed(f"the tensors end at {at}, their data at {len(data) - 8 - length}")
+        raise MalformedError(f"the tensors end at {at}, their data at {len(data) - 8 - length}")
     return found, told
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     where = f"tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Malformed(f"{where} does not have exactly dtype, shape and data_offsets")
+        raise MalformedError(f"{where} does not have exactly dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise Malformed(f"{where} has dtype {shown(kind)}, known are {', '.join(_TYPES)}")
+        raise MalformedError(f"{where} has dtype {shown(kind)}, known are {', '.join(_TYPES)}")
     whole = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets))
     if not whole or len(shape) > 8 or len(offsets) != 2:
-        raise Malformed(f"{where} has shape {shown(shape)} and offsets {shown(offsets)}")
+        raise MalformedError(f"{where} has shape {shown(shape)} and offsets {shown(offsets)}")
     if math.prod(shape) * _TYPES[kind].itemsize != offsets[1] - offsets[0]:
-        raise Malformed(f"{where}: shape {shown(shape)} does not take bytes {shown(offsets)}")
+        raise MalformedError(f"{where}: shape {shown(shape)} does not take bytes {shown(offsets)}")
     return kind, tuple(shape), offsets[0], offsets[1]
 
 
 def expect(found: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], *kinds: str) -> np.ndarray:
-    """The tensor of that name. Raises Malformed where it is missing or has another shape or none of the types."""
+    """The tensor of that name. Raises MalformedError where it is missing or has another shape or none of the types."""
     array = found.get(name)
     if array is None:
-        raise Malformed(f"tensor {name} is missing")
+        raise MalformedError(f"tensor {name} is missing")
     if array.shape != shape or _NAMES[array.dtype] not in kinds:
         got = f"{_NAMES[array.dtype]} {list(array.shape)}"
-        raise Malformed(f"tensor {name} is {got}, expected {' or '.join(kinds)} {list(shape)}")
+        raise MalformedError(f"tensor {name} is {got}, expected {' or '.join(kinds)} {list(shape)}")
     if array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
-        raise Malformed(f"tensor {name} holds numbers that are not finite")
+        raise MalformedError(f"tensor {name} holds numbers that are not finite")
     return array
 
 
 def only(found: Mapping[str, np.ndarray], *names: str) -> None:
-    """Raise Malformed where there are other tensors than these."""
+    """Raise MalformedError where there are other tensors than these."""
     if odd := sorted(set(found) - set(names)):
-        raise Malformed(f"tensor {shown(odd[0])} does not belong here: {', '.join(names)} do")
+        raise MalformedError(f"tensor {shown(odd[0])} does not belong here: {', '.join(names)} do")
 
 
 def text_of(found: Mapping[str, np.ndarray], rows: int, shapes: Shapes) -> dict[str, np.ndarray]:
-    """tokens (B, L, D) float32, mask (B, L), pooled (B, P) float32 of a request, padded to L. Raises Malformed."""
+    """tokens (B, L, D) float32, mask (B, L), pooled (B, P) float32 of a request, padded to L. Raises MalformedError."""
     L, D, P = shapes.text
     mask = found.get("mask")
     most = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
     if most > L:
-        raise Malformed(f"a text of {most} tokens: this run's have {L}")
+        raise MalformedError(f"a text of {most} tokens: this run's have {L}")
     mask = expect(found, "mask", (rows, most), "BOOL")
     tokens = expect(found, "tokens", (rows, most, D), "F32", "F16")
     pooled = expect(found, "pooled", (rows, P), "F32", "F16")
