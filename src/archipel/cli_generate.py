@@ -16,6 +16,7 @@ from archipel.errors import ArchipelError
 if TYPE_CHECKING:
     from archipel.ensemble.generated import Generated
     from archipel.ensemble.pipeline import Archipelago
+    from archipel.ensemble.safety import Safety
 
 _BATCH = 16  # clips generated at a time
 _MOST = 1024  # clips of one command
@@ -75,6 +76,13 @@ def generate(
         float | None,
         typer.Option(help="Ask about a clip no more once an expert has this probability.", show_default=False),
     ] = None,
+    safe: Annotated[
+        bool, typer.Option("--safe", help="Refuse prompts of the blocklist, withhold unsafe clips (docs/serving.md).")
+    ] = False,
+    blocklist: Annotated[
+        Path | None,
+        typer.Option("--blocklist", help="With --safe: a file of rules, instead of ours.", show_default=False),
+    ] = None,
     arms: Annotated[
         bool, typer.Option("--arms", help="Generate the clips that `evaluate` scores instead of one prompt.")
     ] = False,
@@ -84,6 +92,7 @@ def generate(
     words = list(words or [])
     if arms:
         given = {"--image": image, "--last-image": last_image, "--prompts": prompts, "--memory": memory, "--host": host}
+        given |= {"--safe": safe or None, "--blocklist": blocklist}
         return _arms(words, run, [name for name, value in given.items() if value is not None])
     where, texts = (_only_run(words, run, "--prompts FILE"), _read(prompts)) if prompts else _run_and_prompt(words, run)
     clips = len(texts) * count
@@ -92,6 +101,7 @@ def generate(
     if host is not None and memory is None:
         raise ArchipelError("--host is for what --memory has no room for: give both")
     bounds = (None if memory is None else parse_bytes(memory), 0 if host is None else parse_bytes(host, "--host"))
+    safety = safety_of(safe, blocklist)
     from archipel.ensemble.video import check_name
 
     check_name(output)  # before minutes of sampling, not after
@@ -110,12 +120,34 @@ def generate(
             image=image,
             last_image=last_image,
             on_step=lambda i, n, x, t: bar.advance(len(x)),
+            safe=safety,
         )
+        withheld: list[str] = []
+        made = _noting(made, withheld)
         written = _write_grid(output, [*made], scale) if grid else _write(output, made, clips, scale)
         paths = [*written]
     for path in paths:
         print(path)
+    if withheld:
+        raise ArchipelError("; ".join(withheld))
     return None
+
+
+def safety_of(safe: bool, blocklist: Path | None, threshold: float | None = None) -> Safety | None:
+    """What --safe and --blocklist ask for. Raises ArchipelError where a part is missing."""
+    if not safe:
+        if blocklist is not None or threshold is not None:
+            raise ArchipelError("--blocklist and --safe-threshold are for --safe: give it as well")
+        return None
+    from archipel.ensemble import safety
+
+    return safety.Safety.open(blocklist, safety.THRESHOLD if threshold is None else threshold)
+
+
+def _noting(made: Iterator[Generated], withheld: list[str]) -> Iterator[Generated]:
+    for one in made:
+        withheld += [one.withheld()] * bool(one.blocked)
+        yield one
 
 
 def _open(where: str, bounds: tuple[int | None, int], run_id: str | None) -> Archipelago:
@@ -136,8 +168,10 @@ def _write(output: Path, made: Iterator[Generated], clips: int, scale: int) -> I
 
     names = iter(video.names_of(output, clips))
     for one in made:
-        for clip, note in zip(one.clips, one.notes, strict=True):
-            yield video.write(next(names), clip, one.fps, scale=scale, note=note)
+        for row, (clip, note) in enumerate(zip(one.clips, one.notes, strict=True)):
+            name = next(names)
+            if row not in one.blocked:
+                yield video.write(name, clip, one.fps, scale=scale, note=note)
 
 
 def _write_grid(output: Path, made: list[Generated], scale: int) -> Iterator[Path]:

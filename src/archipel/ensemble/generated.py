@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from archipel.ensemble import provenance
+from archipel.ensemble.safety import BlockedError, Safety
 from archipel.ensemble.settings import Settings
 
 
@@ -20,6 +21,7 @@ class Generated:
     weights: float32 (N, S, K), the share of each expert at the beginning of each step; None for the monolith.
     expert_rows: rows that went through an expert, both guidance branches counted: the cost of sampling; router_rows: the same
     of the router (once per clip where it is asked before the first step only, and not counted then).
+    blocked: rows that the safety filter withheld (``safety``): black in ``clips``, and never saved.
     notes: what each clip's file shall say of it (see ``provenance``).
     """
 
@@ -34,6 +36,7 @@ class Generated:
     router_rows: int = 0
     model: str = ""
     run_id: str = ""
+    blocked: list[int] = field(default_factory=list)
 
     @property
     def notes(self) -> list[dict[str, Any]]:
@@ -45,15 +48,35 @@ class Generated:
 
     def save(self, path: Path | str, *, scale: int = 1) -> list[Path]:
         """Write the clips as ``path`` says (.mp4, .webp, .gif, or a folder of PNG frames), numbered where there are several,
-        each with its note. Raises ArchipelError where that cannot be done."""
+        each with its note; those in ``blocked`` are left out. Raises ArchipelError where that cannot be done, or all are."""
         from archipel.ensemble.video import write_clips
 
-        return write_clips(path, self.clips, self.fps, scale=scale, notes=self.notes)
+        if len(self.blocked) == len(self.clips):
+            raise BlockedError(self.withheld())
+        return write_clips(path, self.clips, self.fps, scale=scale, notes=self.notes, skip=self.blocked)
+
+    def withheld(self) -> str:
+        """A sentence about ``blocked``."""
+        seeds = ", ".join(str(self.seeds[row]) for row in self.blocked)
+        return f"{len(self.blocked)} of {len(self.seeds)} clips withheld by the safety filter (seeds {seeds})"
+
+    @classmethod
+    def checked(cls, safety: Safety | None, clips: np.ndarray, *rest: Any) -> Generated:
+        """With what ``safety`` blocks taken out, and a warning that says so."""
+        made = cls(clips, *rest)
+        blocked = [] if safety is None else safety.blocked(clips)
+        if not blocked:
+            return made
+        shown = clips.copy()
+        shown[blocked] = 0
+        made = replace(made, clips=shown, blocked=blocked)
+        return replace(made, warnings=[*made.warnings, made.withheld()])
 
     @staticmethod
     def join(parts: Sequence[Generated]) -> Generated:
         """Several batches of one ``generate`` as one."""
         first = parts[0]
+        begins = [sum(len(one.seeds) for one in parts[:i]) for i in range(len(parts))]
         weights = [one.weights for one in parts if one.weights is not None]
         return replace(
             first,
@@ -63,5 +86,6 @@ class Generated:
             weights=np.concatenate(weights) if weights else None,
             expert_rows=sum(one.expert_rows for one in parts),
             router_rows=sum(one.router_rows for one in parts),
+            blocked=[begin + row for begin, one in zip(begins, parts, strict=True) for row in one.blocked],
             warnings=list(dict.fromkeys(warning for one in parts for warning in one.warnings)),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -220,11 +220,16 @@ def write_clips(
     *,
     scale: int = 1,
     notes: Sequence[Note] | None = None,
+    skip: Collection[int] = (),
 ) -> list[Path]:
-    """Write clips uint8 (N, F, H, W, 3) under the names of ``names_of``, with a note each; returns them. Errors as ``write``."""
+    """Write clips uint8 (N, F, H, W, 3) under the names of ``names_of``, with a note each, and return those.
+
+    ``skip``: rows that are left out. Errors as ``write``.
+    """
     names = names_of(path, len(clips))
     told = [None] * len(names) if notes is None else notes
-    return [write(name, clip, fps, scale=scale, note=note) for name, clip, note in zip(names, clips, told, strict=True)]
+    whole = [one for row, one in enumerate(zip(names, clips, told, strict=True)) if row not in skip]
+    return [write(name, clip, fps, scale=scale, note=note) for name, clip, note in whole]
 
 
 def grid(clips: np.ndarray, gap: int = 1) -> np.ndarray:
