@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OPEN = ("/healthz", "/login")  # routes that ask for no key
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer a browser sends its login with "Origin: null", which is refused
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'",
 }
