@@ -61,7 +61,11 @@ class Generator:
         clips = self.config.clips
         value = (np.array(given["seeds"]) % 256).astype(np.uint8)[:, None, None, None, None]
         shown = np.broadcast_to(value, (len(prompts), clips.frames, 8, 8, 3))
-        return SimpleNamespace(clips=shown, fps=clips.fps, notes=[{"seed": seed} for seed in given["seeds"]])
+        weights = np.tile(np.float32([0.75, 0.25, 0.0]), (len(prompts), 4, 1))
+        notes = [{"seed": seed} for seed in given["seeds"]]
+        return SimpleNamespace(
+            clips=shown, fps=clips.fps, notes=notes, weights=weights, expert_rows=8 * len(prompts), router_rows=0
+        )
 
 
 @pytest.fixture(scope="session")

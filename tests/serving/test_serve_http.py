@@ -303,9 +303,13 @@ def test_finished_clips_are_removed_by_size_and_age(serve: Served, tmp_path: Pat
     (clips / "left.mp4").write_bytes(b"of a job that is gone")
     with serve(keep_bytes=size - 1) as client:
         end = time.monotonic() + 10
-        while len(list(clips.iterdir())) > 2 and time.monotonic() < end:
+        while len(list(clips.iterdir())) > 4 and time.monotonic() < end:
             time.sleep(0.05)
-        assert len(list(clips.iterdir())) == len(client.get("/v1/videos").json()["data"]) == 2
+        kept = {video["id"] for video in client.get("/v1/videos").json()["data"]}
+        assert {path.name for path in clips.iterdir()} == {
+            f"{name}.{kind}" for name in kept for kind in ("mp4", "json")
+        }
+        assert len(kept) == 2
     with serve(keep_seconds=0.0) as client:
         end = time.monotonic() + 10
         while list(clips.iterdir()) and time.monotonic() < end:

@@ -52,6 +52,7 @@ def make(service: Service) -> "FastAPI":
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
+    app.state.home = "/docs"  # what / leads to, and a login
     app.include_router(_videos(service))
     app.include_router(_models(service))
     app.include_router(_house(service, app))
@@ -308,7 +309,7 @@ def _house(service: Service, app: "FastAPI") -> "APIRouter":
 
     @router.get("/", include_in_schema=False)
     def root() -> Response:
-        return RedirectResponse("/docs", 303)
+        return RedirectResponse(app.state.home, 303)
 
     @router.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
@@ -325,7 +326,7 @@ def _house(service: Service, app: "FastAPI") -> "APIRouter":
         token = service.keys.login(key) if isinstance(key, str) else None
         if token is None:
             return HTMLResponse(pages.login(wrong=True), 401)
-        answer = RedirectResponse("/docs", 303)
+        answer = RedirectResponse(app.state.home, 303)
         secure = request.url.scheme == "https"
         answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=secure, path="/")
         return answer

@@ -6,7 +6,8 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ from archipel.serving.service import Service, Tell
 
 if TYPE_CHECKING:
     from archipel.ensemble.pipeline import Archipelago
+
+
+# Given the FastAPI application and its service before the first request: more pages, for as long as the context is open.
+Extend = Callable[[Any, Service], AbstractContextManager[None]]
 
 
 def settle(host: str) -> list[str]:
@@ -38,13 +43,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def opened(archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits) -> Iterator[Any]:
+def opened(
+    archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits, extend: Extend | None = None
+) -> Iterator[Any]:
     """The application for as long as this process alone works on ``folder``. Raises LockedError where another does."""
     from archipel.serving import app
 
     folder.mkdir(parents=True, exist_ok=True)
     with store.lock(folder / "lock", f"the clips in {folder}"):
-        yield app.make(Service.open(archipelago, folder, keys, limits))
+        service = Service.open(archipelago, folder, keys, limits)
+        made = app.make(service)
+        with extend(made, service) if extend else contextlib.nullcontext():
+            yield made
 
 
 def warm(archipelago: Archipelago, tell: Tell) -> None:
@@ -56,15 +66,23 @@ def warm(archipelago: Archipelago, tell: Tell) -> None:
 
 
 def serve(
-    archipelago: Archipelago, folder: Path, *, host: str, port: int, keys: list[str], limits: Limits, tell: Tell
+    archipelago: Archipelago,
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    keys: list[str],
+    limits: Limits,
+    tell: Tell,
+    extend: Extend | None = None,
 ) -> None:
-    """Listen until the process is stopped. ``folder``: where jobs and clips are kept."""
+    """Listen until the process is stopped. ``folder``: where jobs and clips are kept; ``extend``: pages beyond the interface."""
     import uvicorn
 
     check_exposure(host, keys)
     sys.setswitchinterval(0.001)  # the models' thread gives way to clients sooner than after Python's 5 ms
     warm(archipelago, tell)
-    with contextlib.closing(listen(host, port)) as sock, opened(archipelago, folder, keys, limits) as app:
+    with contextlib.closing(listen(host, port)) as sock, opened(archipelago, folder, keys, limits, extend) as app:
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{sock.getsockname()[1]}{'' if keys else ' (no key: this machine only)'}")
         config = uvicorn.Config(

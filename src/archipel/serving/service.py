@@ -109,7 +109,7 @@ class Service:
     def delete(self, job: Job) -> None:
         """Cancel or remove a job: its prompt, picture and clip are gone afterwards."""
         self.jobs.delete(job.id)
-        self.worker.path(job.id).unlink(missing_ok=True)
+        self.worker.remove(job.id)
         self.worker.call()
 
     def video(self, job: Job) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from archipel import store
 from archipel.errors import ArchipelError
 from archipel.serving.jobs import Job, Jobs
 from archipel.serving.limits import Limits
@@ -48,6 +50,7 @@ class Worker:
     ) -> None:
         self.archipelago, self.jobs, self.folder, self.limits, self._told = archipelago, jobs, folder, limits, told
         self._progress: dict[str, int] = {}
+        self._left: dict[str, float] = {}
         self._paces: deque[float] = deque(maxlen=20)  # seconds per clip of the last batches
         self._called, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="archipel-worker", daemon=True)
@@ -85,6 +88,27 @@ class Worker:
         """0 to 99, in percent of the solver's steps."""
         return self._progress.get(name, 0)
 
+    def left(self, name: str) -> float | None:
+        """Seconds until a clip that is being made will be there, judged by its steps so far; None before its first."""
+        return self._left.get(name)
+
+    def trace_path(self, name: str) -> Path:
+        """Where it is kept how a clip came about (``_trace``), beside the clip."""
+        return self.folder / f"{name}.json"
+
+    def trace(self, name: str) -> dict[str, Any] | None:
+        """How a finished clip came about; None where that was not kept."""
+        try:
+            kept = json.loads(self.trace_path(name).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return kept if isinstance(kept, dict) else None
+
+    def remove(self, name: str) -> None:
+        """Take a clip's files away."""
+        self.path(name).unlink(missing_ok=True)
+        self.trace_path(name).unlink(missing_ok=True)
+
     def wait(self, waiting: int) -> int:
         """Whole seconds, 1 to 3600, until one of ``waiting`` jobs will have gone: what a full queue answers."""
         pace = sum(self._paces) / len(self._paces) if self._paces else _FIRST_GUESS
@@ -117,7 +141,7 @@ class Worker:
 
     def _sweep(self) -> None:
         for name in self.jobs.expire(self.limits.keep_seconds, self.limits.keep_bytes):
-            self.path(name).unlink(missing_ok=True)
+            self.remove(name)
 
     def _make(self, batch: list[Job]) -> None:
         begin, names = time.monotonic(), [job.id for job in batch]
@@ -137,6 +161,7 @@ class Worker:
                 return
             code, message = _reason(error, str(self.archipelago.parts.source.where))
             logger.error("a clip could not be made: %s", code if code != "internal" else type(error).__name__)
+            self.remove(names[0])
             self.jobs.fail(names[0], code, message)
             self._told("failed", 1, 0.0)
         else:
@@ -145,18 +170,20 @@ class Worker:
         finally:
             for name in names:
                 self._progress.pop(name, None)
+                self._left.pop(name, None)
 
     def _generate(self, batch: list[Job]) -> int:
         """Make a batch's clips; returns how many were still wanted."""
         from archipel.ensemble.video import write
 
-        names = {job.id for job in batch}
+        names, begin = {job.id for job in batch}, time.monotonic()
 
         def on_step(done: int, steps: int, *_: Any) -> None:
             if self._stopping.is_set() or not names & self.jobs.running():
                 raise _Enough
             for name in names:
                 self._progress[name] = min(99, 100 * done // steps)
+                self._left[name] = (time.monotonic() - begin) / max(done, 1) * (steps - done)
 
         if not names & self.jobs.running():
             raise _Enough
@@ -172,14 +199,28 @@ class Worker:
             batch=self.limits.batch,
             on_step=on_step,
         )
-        done = 0
-        for job, clip, note in zip(batch, made.clips, made.notes, strict=True):
+        done, seconds = 0, time.monotonic() - begin
+        for row, (job, clip, note) in enumerate(zip(batch, made.clips, made.notes, strict=True)):
             path = write(self.path(job.id), clip, made.fps, scale=settings["scale"], note=note)
+            store.write_text(self.trace_path(job.id), json.dumps(_trace(made, row, seconds)))
             if self.jobs.complete(job.id, path.stat().st_size):
                 done += 1
             else:
-                path.unlink(missing_ok=True)  # deleted meanwhile
+                self.remove(job.id)  # deleted meanwhile
         return done
+
+
+def _trace(made: Any, row: int, seconds: float) -> dict[str, Any]:
+    """Of the ``row``-th clip of a batch: weights (S, K) of the experts at each step, None for the monolith; its share of the
+    calls of experts and router; seconds of its batch and how many clips that had. Nothing of its prompt."""
+    weights, clips = made.weights, len(made.clips)
+    return {
+        "weights": None if weights is None else np.round(weights[row].astype(float), 4).tolist(),
+        "expert_calls": made.expert_rows / clips,
+        "router_calls": made.router_rows / clips,
+        "seconds": round(seconds, 3),
+        "batch": clips,
+    }
 
 
 def _picture(data: bytes) -> np.ndarray:
