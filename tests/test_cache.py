@@ -67,7 +67,7 @@ def test_second_build_makes_nothing_and_leaves_every_byte(tmp_path: Path) -> Non
     assert build(tmp_path, again).folder == folder
     assert again.calls == []
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert "partial.json" not in before and "card.json" in before
+    assert "partial.json" not in before and "partial.jsonl" not in before and "card.json" in before
 
 
 def test_interrupted_build_continues_at_the_first_missing_shard_with_the_same_bytes(tmp_path: Path) -> None:
@@ -100,9 +100,8 @@ def test_a_damaged_shard_of_an_unfinished_build_is_made_again(tmp_path: Path, ha
     elif harm == "remove":
         shard.unlink()
     else:  # killed between the shard and the list
-        listed = store.read_json(folder / "partial.json")
-        del listed["shards"][shard.name]
-        store.write_json(folder / "partial.json", listed)
+        lines = (folder / "partial.jsonl").read_text().splitlines(keepends=True)
+        (folder / "partial.jsonl").write_text("".join(line for line in lines if shard.name not in line))
     again = Maker()
     entry = build(tmp_path, again)
     assert again.calls == [(5, 10), (20, 23)]
@@ -117,6 +116,44 @@ def test_an_unreadable_list_of_shards_costs_work_but_no_error(tmp_path: Path) ->
     again = Maker()
     build(tmp_path, again)
     assert len(again.calls) == 5
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, -1])
+def test_a_torn_last_line_of_the_journal_costs_one_shard(tmp_path: Path, kept: int) -> None:
+    """Killed while it wrote a line: also a second kill, after lines that follow the torn one, loses nothing else."""
+    with pytest.raises(RuntimeError):
+        build(tmp_path, Maker(fail_at=10))
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    journal = folder / "partial.jsonl"
+    lines = journal.read_text().splitlines()
+    journal.write_text(lines[0] + "\n" + lines[1][:kept])
+    with pytest.raises(RuntimeError):
+        build(tmp_path, second := Maker(fail_at=15))
+    assert second.calls[:1] == [(5, 10)]
+    build(tmp_path, third := Maker())
+    assert third.calls == [(15, 20), (20, 23)]
+
+
+def test_many_shards_are_read_with_few_open_files(tmp_path: Path) -> None:
+    """300 shards, three tensors each: a process that may open 256 files reads them all, in order and at random."""
+    import resource
+
+    values = np.arange(900, dtype=np.float32)
+
+    def make(begin: int, end: int) -> dict[str, np.ndarray]:
+        return {name: values[begin:end, None] + shift for shift, name in enumerate("abc")}
+
+    entry = cache.build(tmp_path, "many", {}, 900, make, run_id="r", label="many", per_shard=3)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        tables = [entry[name] for name in "abc"]
+        wanted = np.random.default_rng(0).permutation(900)
+        for shift, table in enumerate(tables):
+            np.testing.assert_array_equal(table[:][:, 0], values + shift)
+            np.testing.assert_array_equal(table[wanted][:, 0], values[wanted] + shift)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_verify_finds_damage_in_a_committed_entry_and_removal_heals_it(tmp_path: Path) -> None:

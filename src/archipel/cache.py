@@ -5,8 +5,9 @@ An entry is a folder ``<kind>-<key>`` of safetensors shards. What it guarantees:
 - **Address.** ``key`` is the sha256 of the kind, of everything that made the rows (``spec``: clips, window, encoder,
   hash of its weights, dtype, version of its code) and of the cut into shards. Another spec is another folder; the
   folder of an older spec is never touched.
-- **Commit.** A shard is written aside, renamed, and then listed with its sha256 in ``partial.json``. ``card.json``
-  comes last. A folder without a card is unfinished and is never opened.
+- **Commit.** A shard is written aside, renamed, and then listed with its sha256: ``partial.json`` has what an earlier attempt
+  left, ``partial.jsonl`` a line for each shard since. ``card.json`` comes last. A folder without a card is unfinished and is
+  never opened.
 - **Resume.** A build that was killed continues at the first shard that is missing, not listed, or not what its sha256
   says. A committed entry whose shard is gone or has another size is taken back and that shard made again.
 - **Order.** ``order`` and ``batch_rows`` are functions of their arguments alone, the same for every numpy and every
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,8 @@ from archipel.progress import Progress, StopFlag
 
 Make = Callable[[int, int], Mapping[str, np.ndarray]]
 MakeAll = Callable[[Sequence[tuple[int, int]]], Generator[Mapping[str, np.ndarray], None, None]]
-_PARTIAL = "partial.json"
+_PARTIAL, _JOURNAL = "partial.json", "partial.jsonl"
+OPEN = 64  # shards that one tensor's rows hold open at a time
 _INDEX = "index.json"
 _WORD = 1 << 64
 
@@ -43,20 +47,35 @@ class Rows:
     """One named tensor of an entry: rows of one shape and dtype across shards, read through memory maps.
 
     ``rows[7]`` is one row, ``rows[2:9]`` and ``rows[array([5, 0, 5])]`` are batches in the order asked for. What is
-    returned is always a fresh, writable array; nothing but the rows asked for is read.
+    returned is always a fresh, writable array; nothing but the rows asked for is read. At most ``OPEN`` shards are held open,
+    whatever their number: a process may usually have 1,024 open files, which 16,000 clips' features would have used up.
     """
 
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        if not parts:
-            raise ValueError("Rows needs at least one part")
-        self._parts = [part.view(np.ndarray) for part in parts]  # as plain arrays: memmap's own indexing is slower
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._starts = self._ends - [len(part) for part in parts]
-        self.row_shape: tuple[int, ...] = parts[0].shape[1:]
-        self.dtype: np.dtype[Any] = parts[0].dtype
+    def __init__(self, name: str, shards: Sequence[tuple[Path, int]], row_shape: tuple[int, ...], dtype: Any) -> None:
+        """shards: files and their numbers of rows. Raises DamagedError, once it is touched, where a file does not fit."""
+        self._name, self._shards = name, [(path, count) for path, count in shards if count]
+        self._ends = np.cumsum([count for _, count in self._shards], dtype=np.int64)
+        self._starts = self._ends - [count for _, count in self._shards]
+        self._held: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.row_shape, self.dtype = row_shape, np.dtype(dtype)
+
+    def _part(self, number: int) -> np.ndarray:
+        held = self._held.get(number)
+        if held is not None:
+            self._held.move_to_end(number)
+            return held
+        path, count = self._shards[number]
+        found = store.map_tensors(path, (self._name,)).get(self._name)
+        if found is None or found.dtype != self.dtype or found.shape != (count, *self.row_shape):
+            shape = "missing" if found is None else f"{found.dtype} {found.shape}"
+            raise DamagedError(f"{path}: {self._name} is {shape}, expected {self.dtype} {(count, *self.row_shape)}")
+        while len(self._held) >= OPEN:
+            self._held.popitem(last=False)
+        self._held[number] = found.view(np.ndarray)  # as a plain array: memmap's own indexing is slower
+        return self._held[number]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,35 +102,44 @@ class Rows:
         if wanted.size and (wanted.min() < -count or wanted.max() >= count):
             raise IndexError(f"a row among {wanted[:8].tolist()} is outside the {count} rows there are")
         wanted = np.where(wanted < 0, wanted + count, wanted)
-        if len(self._parts) == 1:
-            return self._parts[0][wanted]  # indexing by an array copies
         taken = np.empty((len(wanted), *self.row_shape), self.dtype)
         owner = np.searchsorted(self._ends, wanted, side="right")
-        for part in np.unique(owner):
-            where = np.flatnonzero(owner == part)
-            taken[where] = self._parts[part][wanted[where] - self._starts[part]]
+        for number in np.unique(owner).tolist():
+            where = np.flatnonzero(owner == number)
+            taken[where] = self._part(number)[wanted[where] - self._starts[number]]
         return taken
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A committed entry. ``names`` are its tensors, all of ``rows`` rows; ``entry[name]`` reads one."""
+    """A committed entry. ``names`` are its tensors, all of ``rows`` rows; ``entry[name]`` reads one.
+
+    shards: file names in order; counts: rows of each; layout: name -> [dtype, axes of a row].
+    """
 
     folder: Path
     rows: int
     names: tuple[str, ...]
     spec: dict[str, Any]
     shards: tuple[str, ...]
+    counts: tuple[int, ...]
+    layout: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, folder: Path, card: Mapping[str, Any]) -> Entry:
+        shards = tuple(sorted(card["files"]))
+        counts = tuple(int(card["shards"][name]["rows"]) for name in shards)
+        layout = {name: list(one) for name, one in card["layout"].items()}
+        return cls(folder, int(card["rows"]), tuple(card["names"]), dict(card["spec"]), shards, counts, layout)
 
     def __getitem__(self, name: str) -> Rows:
         if name not in self.names:
             raise KeyError(f"{self.folder} has no tensor {name!r}: it has {', '.join(self.names)}")
-        parts = [store.map_tensors(self.folder / shard)[name] for shard in self.shards]
-        filled = [part for part in parts if len(part)] or parts[:1]
-        rows = Rows(filled)
-        if len(rows) != self.rows:
-            raise DamagedError(f"{self.folder}: {name!r} has {len(rows)} rows, card.json says {self.rows}")
-        return rows
+        if sum(self.counts) != self.rows:
+            raise DamagedError(f"{self.folder}: {name!r} has {sum(self.counts)} rows, card.json says {self.rows}")
+        dtype, *shape = self.layout[name]
+        files = [(self.folder / shard, count) for shard, count in zip(self.shards, self.counts, strict=True)]
+        return Rows(name, files, tuple(int(axis) for axis in shape), dtype)
 
 
 def open_entry(folder: Path) -> Entry:
@@ -119,7 +147,7 @@ def open_entry(folder: Path) -> Entry:
     card = store.read_card(folder, "cache")
     if card is None:
         raise DamagedError(f"{folder} is unfinished (no card.json): run `archipel prepare` again to finish it")
-    return Entry(folder, int(card["rows"]), tuple(card["names"]), dict(card["spec"]), tuple(sorted(card["files"])))
+    return Entry.of(folder, card)
 
 
 def set_index(root: Path, folders: Mapping[str, str]) -> None:
@@ -146,9 +174,10 @@ def open_kind(root: Path, kind: str) -> Entry:
     """The run's entry of a kind. Raises MissingStageError naming `archipel prepare` where it is not there, or no longer
     whole (a shard gone or of another size)."""
     name = _read_index(root).get(kind)
-    if name is None or not _committed(root / name):
+    card = _committed(root / name) if name is not None else None
+    if name is None or card is None:
         raise MissingStageError(f"{root} holds no finished {kind}: run `archipel prepare {root.parent}` first")
-    return open_entry(root / name)
+    return Entry.of(root / name, card)
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -185,31 +214,33 @@ def build(
     if items < 1:
         raise ArchipelError(f"{label}: there is nothing to make (0 items)")
     folder = root / f"{kind}-{key_of(kind, spec, items, per_shard)[:24]}"
-    if _committed(folder):
-        return open_entry(folder)
+    card = _committed(folder)
+    if card is not None:
+        return Entry.of(folder, card)
     with store.lock(root / f".{folder.name}.lock", f"{label} of {root.parent}"):
-        if not _committed(folder):
-            _make_shards(folder, items, make_all or _one_by_one(make), label, stop, per_shard)
-            _commit(folder, kind, spec, items, run_id, per_shard)
+        if _committed(folder) is None:
+            shards = _make_shards(folder, items, make_all or _one_by_one(make), label, stop, per_shard)
+            _commit(folder, shards, kind, spec, items, run_id, per_shard)
     return open_entry(folder)
 
 
-def _committed(folder: Path) -> bool:
-    """Whether the entry has its card and every shard at the listed size; hashes are `verify`'s work."""
+def _committed(folder: Path) -> dict[str, Any] | None:
+    """The entry's card, where it has one and every shard at the listed size; hashes are `verify`'s work."""
     card = store.read_card(folder, "cache")
-    return card is not None and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
-        for name, entry in card["files"].items()
-    )
+    if card is None:
+        return None
+    sizes = {one.name: one.stat().st_size for one in os.scandir(folder) if one.name in card["files"] and one.is_file()}
+    return card if all(sizes.get(name) == entry["bytes"] for name, entry in card["files"].items()) else None
 
 
 def _known(folder: Path) -> dict[str, dict[str, Any]]:
     """Shards that were finished, by name, with sha256, rows and layout: from an interrupted or a taken-back build."""
     path = folder / _PARTIAL
     try:
-        listed = store.read_json(path)["shards"] if path.exists() else {}
+        listed = dict(store.read_json(path)["shards"]) if path.exists() else {}
+        listed |= {line.pop("name"): line for line in store.read_jsonl(folder / _JOURNAL) if "name" in line}
         return {name: entry for name, entry in listed.items() if set(entry) >= {"sha256", "rows", "layout"}}
-    except (DamagedError, KeyError, TypeError, AttributeError):
+    except (DamagedError, KeyError, TypeError, AttributeError, ValueError):
         return {}  # nothing is trusted: every shard is made again
 
 
@@ -223,7 +254,8 @@ def _one_by_one(make: Make) -> MakeAll:
 
 def _make_shards(
     folder: Path, items: int, make_all: MakeAll, label: str, stop: StopFlag | None, per_shard: int
-) -> None:
+) -> dict[str, dict[str, Any]]:
+    """Make what is missing; sha256, rows and layout of every shard by name, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     card = store.read_card(folder, "cache")
     if card is not None:  # committed once, but a shard is missing or torn: back to an unfinished build
@@ -241,6 +273,9 @@ def _make_shards(
             good[name] = entry
         else:
             missing.append((name, begin, min(begin + per_shard, items)))
+    # One list of what is good, and after it one line a shard: writing the whole list each time is quadratic in shards.
+    store.write_json(folder / _PARTIAL, {"shards": good})
+    (folder / _JOURNAL).unlink(missing_ok=True)
     done = items - sum(end - begin for _, begin, end in missing)
     ranges = [(begin, end) for _, begin, end in missing]
     with Progress(label, items, start=done) as bar, contextlib.closing(make_all(ranges)) as made:
@@ -251,8 +286,9 @@ def _make_shards(
             entry = _describe(arrays, label, begin, end)
             store.write_tensors(folder / name, arrays)
             good[name] = {"sha256": store.sha256_file(folder / name), **entry}
-            store.write_json(folder / _PARTIAL, {"shards": dict(sorted(good.items()))})
+            store.append_jsonl(folder / _JOURNAL, {"name": name, **good[name]})
             bar.advance(end - begin)
+    return dict(sorted(good.items()))
 
 
 def _describe(arrays: dict[str, np.ndarray], label: str, begin: int, end: int) -> dict[str, Any]:
@@ -264,8 +300,15 @@ def _describe(arrays: dict[str, np.ndarray], label: str, begin: int, end: int) -
     return {"rows": next(iter(counts.values())), "layout": layout}
 
 
-def _commit(folder: Path, kind: str, spec: Mapping[str, Any], items: int, run_id: str, per_shard: int) -> None:
-    shards = _known(folder)
+def _commit(
+    folder: Path,
+    shards: dict[str, dict[str, Any]],
+    kind: str,
+    spec: Mapping[str, Any],
+    items: int,
+    run_id: str,
+    per_shard: int,
+) -> None:
     layouts = [entry["layout"] for entry in shards.values() if entry["rows"]] or [next(iter(shards.values()))["layout"]]
     odd = [name for name, entry in shards.items() if entry["rows"] and entry["layout"] != layouts[0]]
     if odd or any(set(entry["layout"]) != set(layouts[0]) for entry in shards.values()):
@@ -277,6 +320,7 @@ def _commit(folder: Path, kind: str, spec: Mapping[str, Any], items: int, run_id
         "cache",
         run_id,
         list(shards),
+        hashed={name: entry["sha256"] for name, entry in shards.items()},
         entry=kind,
         key=key_of(kind, spec, items, per_shard),
         spec=dict(spec),
@@ -286,7 +330,8 @@ def _commit(folder: Path, kind: str, spec: Mapping[str, Any], items: int, run_id
         layout=layouts[0],
         shards=shards,
     )
-    (folder / _PARTIAL).unlink(missing_ok=True)
+    for name in (_PARTIAL, _JOURNAL):
+        (folder / name).unlink(missing_ok=True)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -141,9 +141,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     write_bytes(path, save(ordered, metadata=dict(metadata) if metadata else None))
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map every tensor of a safetensors file, read-only; nothing is read until it is touched.
+def map_tensors(path: Path, only: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """Memory-map the tensors of a safetensors file (of ``only`` these names), read-only; nothing is read until it is touched.
 
+    Every tensor that is mapped is an open file for as long as it is held.
     Raises DamagedError where the header or a tensor's extent does not fit the file.
     """
     try:
@@ -159,7 +160,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         raise DamagedError(f"{path} has an unreadable safetensors header ({error})") from error
     tensors: dict[str, np.ndarray] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == "__metadata__" or (only is not None and name not in only):
             continue
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
@@ -198,15 +199,24 @@ def sealed(value: Mapping[str, Any]) -> bool:
     return whole and last == CHECK if CHECK in value else not whole
 
 
-def write_card(folder: Path, kind: str, run_id: str, files: Iterable[str], **fields: Any) -> dict[str, Any]:
-    """Commit a folder: hash ``files`` (paths relative to it) and write ``card.json`` last.
+def write_card(
+    folder: Path,
+    kind: str,
+    run_id: str,
+    files: Iterable[str],
+    *,
+    hashed: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Commit a folder: hash ``files`` (paths relative to it) and write ``card.json`` last. ``hashed``: the sha256 of files that
+    this process has hashed since they were written.
 
     A folder without a card is unfinished work; one with a card is done, and ``verify`` holds it to its checksums.
     """
     listed = {}
     for name in sorted(files):
         path = folder / name
-        listed[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        listed[name] = {"sha256": (hashed or {}).get(name) or sha256_file(path), "bytes": path.stat().st_size}
     card = {"format": FORMAT, "kind": kind, "run": run_id, **fields, "files": listed}
     write_sealed(folder / "card.json", card)
     return card
