@@ -71,6 +71,48 @@ def import_(
         say(f"  {note}")
 
 
+def pack(
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(help="Where to write it: a new folder.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Of the model (default: the folder's).", show_default=False)] = "",
+    licence: Annotated[str, typer.Option("--license", help="Licence of the weights, for the model card.")] = "",
+    command: Annotated[str, typer.Option(help="How the run was made, for the model card.")] = "",
+    commit: Annotated[str, typer.Option(help="From which commit, for the model card.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier one there.")] = False,
+) -> None:
+    """Write a finished run as a small folder that generates: half precision, checked, with model card and samples."""
+    from archipel import pipeline
+    from archipel.exchange import pack as packing
+
+    opened = pipeline.open_run(run)
+    said = {"name": name, "licence": licence, "command": command, "commit": commit}
+    done = packing.pack(opened.root, folder, force=force, tell=lambda text: say(f"pack: {text}"), **said)
+    say(f"packed: {folder} ({done.bytes / 1e6:.1f} MB)")
+    for note in done.notes:
+        say(f"  {note}")
+    say(f'next: archipel generate {folder} "a prompt" -o clip.mp4')
+
+
+def model(
+    where: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="A packed model (default: what ships).", show_default=False)
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="The whole model card.")] = False,
+) -> None:
+    """What the model in the box is: its size, run, scores and captions to try."""
+    from archipel import box
+
+    folder = Path(box.locate(where))
+    facts = box.facts(folder)
+    if card:
+        print((folder / box.CARD).read_text(encoding="utf-8"), end="")
+        return
+    for line in box.summary(folder, facts):
+        print(line)
+
+
 def register(app: typer.Typer) -> None:
     app.command()(export)
+    app.command()(pack)
+    app.command()(model)
     app.command("import")(import_)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archipel import cli_islands
+from archipel import box, cli_islands
 from archipel.edge import parse_bytes
 from archipel.errors import ArchipelError
 
@@ -28,7 +30,7 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[RUN] PROMPT",
-            help="The run (a folder, an export, or the URL of a bucket) and the prompt.",
+            help="The run (a folder, an export, or the URL of a bucket) and the prompt; a prompt alone goes to the model in the box.",
             show_default=False,
         ),
     ] = None,
@@ -88,13 +90,13 @@ def generate(
     ] = False,
     run_id: cli_islands.RunId = None,
 ) -> None:
-    """Generate clips from a prompt: archipel generate RUN "a red ball bounces" -o clip.mp4"""
+    """Generate clips from a prompt: archipel generate "a party popper" -o clip.mp4 (or RUN and a prompt)"""
     words = list(words or [])
     if arms:
         given = {"--image": image, "--last-image": last_image, "--prompts": prompts, "--memory": memory, "--host": host}
         given |= {"--safe": safe or None, "--blocklist": blocklist}
         return _arms(words, run, [name for name, value in given.items() if value is not None])
-    where, texts = (_only_run(words, run, "--prompts FILE"), _read(prompts)) if prompts else _run_and_prompt(words, run)
+    where, texts = (_run_of(words, run), _read(prompts)) if prompts else _run_and_prompt(words, run)
     clips = len(texts) * count
     if clips > _MOST:
         raise ArchipelError(f"{len(texts)} prompts, {count} clips each, are {clips}: one command makes at most {_MOST}")
@@ -155,7 +157,8 @@ def _open(where: str, bounds: tuple[int | None, int], run_id: str | None) -> Arc
     from archipel.ensemble.pipeline import Archipelago
     from archipel.training.machine import pick_device
 
-    if not cli_islands.is_bucket(where) and not (Path(where) / EXPORTED).is_file():
+    shipped = box.is_address(where)
+    if not shipped and not cli_islands.is_bucket(where) and not (Path(where) / EXPORTED).is_file():
         from archipel import pipeline
 
         pipeline.open_run(where)  # refuses a run.toml that was edited after work began
@@ -216,6 +219,11 @@ def _arms(words: list[str], run: str | None, given: list[str]) -> None:
     pipeline.generate(pipeline.open_run(where))
 
 
+def _run_of(words: list[str], run: str | None) -> str:
+    """The run of a file of prompts: what is named, else the model in the box."""
+    return box.ADDRESS if run is None and not words else _only_run(words, run, "--prompts FILE")
+
+
 def _only_run(words: list[str], run: str | None, option: str) -> str:
     if run is not None and not words:
         return run
@@ -232,16 +240,34 @@ def _run_and_prompt(words: list[str], run: str | None) -> tuple[str, list[str]]:
     if len(words) == 2:
         return words[0], words[1:]
     if len(words) == 1:
-        if "://" in words[0] or Path(words[0]).is_dir():
-            kind = "URL" if "://" in words[0] else "folder"
-            raise ArchipelError(
-                f'{words[0]!r} is a {kind}: is it the run? Then a prompt is missing: archipel generate {words[0]} "a red ball bounces"'
-            )
+        _check_is_prompt(words[0])
+        return box.ADDRESS, words
+    raise ArchipelError('give a prompt (in quotes), or a run and a prompt: archipel generate RUN "a red ball bounces"')
+
+
+def _check_is_prompt(word: str) -> None:
+    """Refuse what is more likely the run of somebody who forgot the prompt, or mistyped it: a sentence is cheap to say again, a
+    clip of the wrong model is not noticed. ``archipel generate box: "..."`` takes any prompt."""
+    if "://" in word or box.is_address(word) or Path(word).is_dir():
+        kind = "URL" if "://" in word else "folder" if Path(word).is_dir() else "model"
         raise ArchipelError(
-            f"{words[0]!r} was read as the prompt, but which run shall generate it? No model ships with Archipel yet: "
-            f'archipel generate RUN "{words[0][:40]}"'
+            f'{word!r} is a {kind}: is it the run? Then a prompt is missing: archipel generate {word} "a red ball bounces"'
         )
-    raise ArchipelError('give a run and one prompt (in quotes): archipel generate RUN "a red ball bounces"')
+    anyway = f"if it is the prompt: archipel generate {box.ADDRESS} {shlex.quote(word)}"
+    path = Path(word)
+    bare = not any(letter.isspace() for letter in word)
+    if path.is_file() or word.startswith(("/", "./", "../", "~")) or ("/" in word and (bare or path.parent.is_dir())):
+        raise ArchipelError(f"{word!r} looks like a path, and there is no run at it; {anyway}")
+    runs = [found.parent.name for found in Path().glob("*/run.toml")] if bare else []
+    if near := difflib.get_close_matches(word, runs, 1, 0.8):
+        raise ArchipelError(
+            f"{word!r} is nearly the name of the run {near[0]} here, and no prompt is given with it; {anyway}"
+        )
+    if not box.names():
+        raise ArchipelError(
+            f"{word[:40]!r} was read as the prompt, but which run shall generate it? This installation has no model of its own: "
+            f'archipel generate RUN "{word[:40]}"'
+        )
 
 
 def register(app: Any) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from archipel import __version__, store
+from archipel import __version__, box, store
+from archipel.errors import ArchipelError
 
 _BASE = (
     "torch",
@@ -160,6 +161,19 @@ def _disk() -> Iterator[Line]:
     )
 
 
+def _boxes() -> Iterator[Line]:
+    """The models that ship with the package."""
+    if not box.names():
+        yield Line("box", "no model ships with this installation: generate and serve need a run")
+    for name in box.names():
+        try:
+            said = box.summary(box.folder(name), box.facts(box.folder(name)))
+        except (ArchipelError, KeyError, TypeError) as error:
+            yield Line("box", f"{name} is damaged ({error}): install Archipel again", False)
+        else:
+            yield Line("box", said[0])
+
+
 def examine() -> Iterator[Line]:
     """One line per finding; ``fine`` is False where something will not work."""
     yield Line("archipel", __version__)
@@ -170,6 +184,7 @@ def examine() -> Iterator[Line]:
     )
     if sys.platform == "win32":
         yield Line("system", "Windows is not supported: use WSL", False)
+    yield from _boxes()
     yield from _packages()
     yield from _devices()
     yield from _disk()

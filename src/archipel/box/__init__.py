@@ -36,7 +36,9 @@ def folder(name: str = "") -> Path:
     """The folder of a shipped model ("": the first). Raises ArchipelError where there is none, or none of that name."""
     there, top = names(), root()
     if top is None or not there:
-        raise ArchipelError("this installation has no model of its own: give a run (its folder, or the URL of a bucket)")
+        raise ArchipelError(
+            "this installation has no model of its own: give a run (its folder, or the URL of a bucket)"
+        )
     if name and name not in there:
         near = difflib.get_close_matches(name, there, 1)
         raise ArchipelError(f"{ADDRESS}{name} is not here: {near[0] if near else 'there is ' + ', '.join(there)}")
@@ -69,6 +71,18 @@ def facts(where: Path) -> dict[str, Any]:
             f"{where / FACTS} has format {value['format']}, this Archipel reads format {FORMAT}: install a newer Archipel"
         )
     return value
+
+
+def summary(where: Path, facts: dict[str, Any]) -> list[str]:
+    """What a box is, in a few lines for people."""
+    experts = [name for name in facts["admitted"] if name.isdigit()]
+    size = sum(int(entry["bytes"]) for entry in facts["files"].values())
+    said = [f"{facts['name']}: {len(experts)} experts and a router, {size / 1e6:.1f} MB, run {facts['run'][:12]}"]
+    said += [f"  made by {facts['made_by']}" + (f", commit {facts['commit'][:12]}" if facts["commit"] else "")]
+    said += [f"  licence of the weights: {facts['licence']}"] if facts["licence"] else []
+    said += [f"  admitted {name}: {told}" for name, told in facts["admitted"].items()]
+    said += ["  captions to try: " + "; ".join(facts["examples"]["captions"][:10])]
+    return [*said, f"  model card: {where / CARD}, or `archipel model --card`"]
 
 
 def home() -> Path:

@@ -22,19 +22,24 @@ _NOTHING = "not stated"
 
 def write(run: Run, cards: Cards, missing: list[str], licence: str) -> str:
     """The whole card, Markdown with the YAML head that model hubs read."""
-    parts = [
-        _head(run, licence),
-        _intro(run, cards, missing),
-        _use(run),
-        _data(run),
-        _experts(run, cards, missing),
-        _compute(run),
-        _scores(run),
-        _isolation(cards),
-        _licences(run, cards, licence),
-        _limits(run, missing),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    parts = sections(run, cards, missing, licence)
+    return "\n\n".join(part.strip() for part in parts.values() if part) + "\n"
+
+
+def sections(run: Run, cards: Cards, missing: list[str], licence: str) -> dict[str, str]:
+    """The parts of the card by name, in order."""
+    return {
+        "head": _head(run, licence),
+        "intro": _intro(run, cards, missing),
+        "use": _use(run),
+        "data": _data(run),
+        "experts": _experts(run, cards, missing),
+        "compute": _compute(run),
+        "scores": _scores(run),
+        "isolation": _isolation(cards),
+        "licences": _licences(run, cards, licence),
+        "limits": _limits(run, missing),
+    }
 
 
 def write_single(run: Run, name: str, card: Mapping[str, Any], pipeline: str, notes: list[str], licence: str) -> str:
