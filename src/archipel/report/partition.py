@@ -13,7 +13,7 @@ SHEETS = 16  # clusters whose contact sheet is shown
 CAPTIONS = 8
 
 
-def _facts(quality: Any) -> list[tuple[str, str]]:
+def quality_facts(quality: Any) -> list[tuple[str, str]]:
     facts = []
     silhouette = finite(quality.get("silhouette"))
     if silhouette is not None:
@@ -79,7 +79,7 @@ def partition(reader: Reader, shares: dict[str, list[float]]) -> dict[str, Any]:
         "method": quality.get("method", run.config.partition.method),
         "features": quality.get("features", run.config.partition.features),
         "k": k,
-        "facts": _facts(quality),
+        "facts": quality_facts(quality),
         "cards": _cards(reader, captions, counts),
         "hidden": max(0, k - SHEETS),
         "shares": chart,

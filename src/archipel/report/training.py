@@ -23,7 +23,7 @@ def thin(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[
     return [part[-1][0] for part in parts], [sum(b for _, b in part) / len(part) for part in parts]
 
 
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def series_of(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     pairs = [
         (step, value)
         for row in rows
@@ -34,10 +34,10 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], l
     return sorted(last), [last[step] for step in sorted(last)]
 
 
-def _validation(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+def validation_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
     """Validation loss over steps: of the averaged weights, which are the ones that generate, else of the raw ones."""
-    averaged = _series(rows, "validation_ema")
-    return averaged if averaged[0] else _series(rows, "validation")
+    averaged = series_of(rows, "validation_ema")
+    return averaged if averaged[0] else series_of(rows, "validation")
 
 
 def _by_time(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
@@ -80,10 +80,10 @@ def training(reader: Reader) -> dict[str, Any]:
     for place, name in enumerate([*run.expert_names, MONOLITH]):
         folder, css = run.expert(name), tone(place) if name != MONOLITH else "mono"
         card, rows = reader.card(folder), reader.lines(folder / "metrics.jsonl")
-        x, y = _series(rows, "loss")
+        x, y = series_of(rows, "loss")
         if x:
             train.append(Series(_job_label(name), *thin(x, y), css))
-        seen, losses = _validation(rows)
+        seen, losses = validation_of(rows)
         if seen:
             validation.append(Series(_job_label(name), *thin(seen, losses), css, dots=len(seen) <= 30))
             per_step = _flops_per_step(
