@@ -187,6 +187,21 @@ class Jobs:
         )
         return [_job(row) for row in self._read(query, owner, *ahead, limit)]
 
+    def names_of_requests(self, owner: str, begin: str, limit: int = 20) -> list[str]:
+        """The names (``same_request``) of an owner's requests that begin so, newest first."""
+        query = "SELECT same_request FROM jobs WHERE owner = ? AND substr(same_request, 1, ?) = ? ORDER BY number DESC LIMIT ?"
+        return [row[0] for row in self._read(query, owner, len(begin), begin, limit)]
+
+    def by_request(self, owner: str, begin: str) -> list[Job]:
+        """An owner's jobs whose request's name begins so, oldest first."""
+        query = f"SELECT {_COLUMNS} FROM jobs WHERE owner = ? AND substr(same_request, 1, ?) = ? ORDER BY number"
+        return [_job(row) for row in self._read(query, owner, len(begin), begin)]
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs wait that came before this one."""
+        query = "SELECT count(*) FROM jobs WHERE status = ? AND number < ?"
+        return int(self._read(query, QUEUED, job.number)[0][0])
+
     def delete(self, name: str) -> bool:
         """Remove a job in whatever state; whoever works on it finds it gone. Returns whether it was there."""
         with self._change() as db:

@@ -1,0 +1,44 @@
+"""The studio's one page: a head, and a tab per thing that can be done."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from archipel.studio import compare_page, gallery_page, generate_page, widgets
+from archipel.studio.context import StudioContext
+from archipel.studio.desk import Desk
+
+TITLE = "Archipel studio"
+_MARK = (
+    '<svg viewBox="0 0 60 36" aria-hidden="true"><ellipse class="t0" cx="20" cy="23" rx="17" ry="10"/>'
+    '<ellipse class="t1" cx="44" cy="13" rx="11" ry="7"/><ellipse class="t2" cx="49" cy="28" rx="6" ry="4"/></svg>'
+)
+
+
+def build(context: StudioContext, desk: Desk) -> Any:
+    """The page's ``gr.Blocks``, not yet mounted."""
+    import gradio as gr
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600), fill_width=True) as blocks:
+        widgets.markup(_head(context), elem_id="head")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                form = generate_page.build(context, desk, blocks)
+            with gr.Tab("Compare", id="compare"):
+                compare_page.build(context, desk, blocks)
+            with gr.Tab("Gallery", id="gallery") as gallery:
+                gallery_page.build(context, desk, gallery, tabs, form)
+    # Followed clips hold no thread; the jobs' own queue bounds the work.
+    blocks.queue(api_open=False, max_size=256, default_concurrency_limit=None)
+    return blocks
+
+
+def _head(context: StudioContext) -> str:
+    clips, k = context.config.clips, context.experts
+    side = clips.size
+    facts = f"{k} experts · {clips.frames} frames of {side}×{side} · {context.service.offer.seconds} s"
+    return (
+        f'<header class="top"><span class="mark">{_MARK}<h1>Archipel <b>studio</b></h1></span>'
+        f'<span class="quiet facts"><code>{escape(context.service.offer.model)}</code> {facts}</span></header>'
+    )
