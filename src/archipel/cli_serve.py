@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +34,21 @@ def serve(
     memory: Annotated[
         str | None, typer.Option(help="Most memory for networks at a time, such as 2GB.", show_default=False)
     ] = None,
+    safe: Annotated[
+        bool,
+        typer.Option(
+            "--safe", "--public", help="For public serving: refuse prompts of a blocklist, withhold unsafe clips."
+        ),
+    ] = False,
+    blocklist: Annotated[
+        Path | None, typer.Option(help="With --safe: a file of rules, instead of ours.", show_default=False)
+    ] = None,
+    safe_threshold: Annotated[
+        float | None,
+        typer.Option(help="With --safe: what a frame may score, up to 1 (default: 0.8).", show_default=False),
+    ] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Refuse a run of another id.")] = None,
+    pages: Annotated[bool, typer.Option("--studio", help="With the studio's pages, as `archipel studio`.")] = False,
 ) -> None:
     """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
     from archipel.serving.limits import Limits
@@ -55,10 +71,16 @@ def serve(
     import fastapi  # noqa: F401 - said before minutes of loading where it is missing
     import uvicorn  # noqa: F401
 
+    if pages:
+        from archipel.studio import mount
+
+        mount.prepare()
     from archipel import pipeline
+    from archipel.cli_generate import safety_of
     from archipel.ensemble.pipeline import Archipelago
     from archipel.training.machine import pick_device
 
+    safety = safety_of(safe, blocklist, safe_threshold)
     if home:
         pipeline.open_run(Path(run))  # refuses a run.toml that was edited after work began
     if threads is not None:
@@ -68,8 +90,54 @@ def serve(
     archipelago = Archipelago.load(run, device=pick_device(device), run_id=run_id, memory=bound)
     stop_with_parent()
     folder = state or Path(run) / "serving"
-    server.serve(archipelago, folder, host=host, port=port, keys=keys, limits=limits, tell=say)
+    given: dict[str, Any] = {"host": host, "port": port, "keys": keys, "limits": limits, "tell": say, "safety": safety}
+    if pages:
+        own = pipeline.open_run(Path(run)) if home else None
+        given["extend"] = mount.extend(archipelago, run, own)
+    server.serve(archipelago, folder, **given)
+
+
+@functools.wraps(serve)
+def studio(**given: Any) -> None:
+    serve(**given, pages=True)
+
+
+_signature = inspect.signature(serve)
+studio.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[one for name, one in _signature.parameters.items() if name != "pages"]
+)
+studio.__name__ = "studio"
+studio.__doc__ = "Open the studio, where clips are made and looked at in the browser: archipel studio RUN"
+
+
+def _expert(
+    run: str,
+    name: str,
+    host: str,
+    port: int,
+    device: str | None,
+    threads: int | None,
+    key: Path | None,
+    run_id: str | None,
+    bounds: dict[str, int],
+) -> None:
+    """One expert's velocity (docs/remote.md)."""
+    from archipel.serving import island
+
+    tokens = island.settle(host)
+    import uvicorn  # noqa: F401 - said before minutes of loading where it is missing
+
+    from archipel.training.machine import pick_device
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    found = island.opened(run, name, device=pick_device(device), key=key, run_id=run_id)
+    stop_with_parent()
+    island.serve(found, host=host, port=port, tokens=tokens, bounds=island.Bounds(**bounds), tell=say)
 
 
 def register(app: typer.Typer) -> None:
     app.command()(serve)
+    app.command()(studio)

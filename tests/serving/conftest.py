@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,8 +88,10 @@ def serve(generator: Generator, tmp_path: Path) -> Served:
     """``with serve(keys=[...], **limits) as client``: the application on the stand-in, state in ``tmp_path / "state"``."""
 
     @contextlib.contextmanager
-    def run(keys: list[str] = [], with_: Generator = generator, **limits: Any) -> Iterator[TestClient]:  # noqa: B006
-        with opened(with_, tmp_path / "state", keys, Limits(**limits)) as app:  # type: ignore[arg-type]
+    def run(
+        keys: Sequence[str] = (), with_: Generator = generator, safety: Any = None, **limits: Any
+    ) -> Iterator[TestClient]:
+        with opened(with_, tmp_path / "state", [*keys], Limits(**limits), safety=safety) as app:  # type: ignore[arg-type]
             headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
             given: dict[str, Any] = {"base_url": "http://127.0.0.1:8000", "headers": headers}
             with TestClient(app, raise_server_exceptions=False, **given) as client:

@@ -20,7 +20,8 @@ from tests.serving.conftest import KEY, Generator
 
 from archipel.run import Run
 from archipel.serving.limits import Limits
-from archipel.serving.server import _protocol, listen, opened
+from archipel.serving.protocol import protocol
+from archipel.serving.server import listen, opened
 
 checks.load_all_checks()
 CHECKS = [
@@ -39,9 +40,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 def url(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server on the stand-in, in a thread."""
     generator = Generator(Run.open(image_root))
-    limits = Limits(queue=5, body_seconds=0.5)
+    limits = Limits(queue=5, body_seconds=0.5, head_seconds=0.5)
     with opened(generator, tmp_path_factory.mktemp("state"), [KEY], limits) as app:  # type: ignore[arg-type]
-        server = uvicorn.Server(uvicorn.Config(app, http=_protocol(0.5), log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol(limits), log_config=None, access_log=False))
         with listen("127.0.0.1", 0) as sock:
             thread = threading.Thread(target=server.run, args=([sock],))
             thread.start()

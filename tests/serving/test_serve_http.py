@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import logging
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from tests.serving.conftest import Generator, Served
 
+from archipel.ensemble import video
 from archipel.run import Run
+from archipel.serving import worker
+from archipel.serving.jobs import Jobs
 from archipel.serving.worker import Worker
 
 ONE, OTHER = "key-one", "key-other"
@@ -380,8 +384,6 @@ def test_fastapis_own_telemetry_stays_off(serve: Served, monkeypatch: pytest.Mon
 
 
 def test_storage_that_fails_is_said(serve: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sqlite3
-
     def full(*_: Any, **__: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -391,13 +393,99 @@ def test_storage_that_fails_is_said(serve: Served, monkeypatch: pytest.MonkeyPat
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "storage"
 
 
-def test_a_full_disk_fails_the_clip_and_not_the_server(serve: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+def test_on_a_full_disk_jobs_wait_and_none_is_lost(
+    serve: Served, generator: Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(worker, "_LOOK", 0.05)
+    real, calls = video.write, []
+
+    def full(path: Path, *rest: Any, **given: Any) -> Path:
+        calls.append(path)
+        if len(calls) == 1:  # the first of a batch still has room
+            return real(path, *rest, **given)
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    generator.go.clear()
     with serve() as client:
         with monkeypatch.context() as patched:
             patched.setattr("archipel.ensemble.video.write", full)
-            done = until_done(client, ask(client)["id"])
-        assert done["status"] == "failed" and done["error"]["code"] == "disk_full"
-        assert until_done(client, ask(client)["id"])["status"] == "completed"
+            patched.setattr(Worker, "_has_room", lambda _: False)
+            names = [ask(client, f"{i}")["id"] for i in range(3)]
+            generator.go.set()
+            end = time.monotonic() + 20
+            while (
+                answer := client.post("/v1/videos", json={"prompt": "x"})
+            ).status_code == 200 and time.monotonic() < end:
+                names.append(answer.json()["id"])
+                time.sleep(0.02)
+            assert answer.status_code == 503 and answer.headers["retry-after"]
+            assert answer.json()["error"]["code"] == "disk_full" and "disk is full" in answer.json()["error"]["message"]
+            assert client.get("/healthz").status_code == 200
+        assert all(until_done(client, name)["status"] == "completed" for name in names)
+        assert ask(client)
+    assert {path.stem for path in (tmp_path / "state" / "clips").glob("*.mp4")} >= set(names)
+
+
+def test_a_full_disk_does_not_keep_a_clip_from_being_deleted(
+    serve: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = Jobs.delete, []
+
+    def full_at_first(jobs: Jobs, name: str) -> bool:
+        tries.append(list(clips.glob("*.mp4")))
+        if len(tries) == 1:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(jobs, name)
+
+    with serve() as client:
+        name = ask(client)["id"]
+        until_done(client, name)
+        clips = tmp_path / "state" / "clips"
+        monkeypatch.setattr(Jobs, "delete", full_at_first)
+        assert client.delete(f"/v1/videos/{name}").status_code == 200
+    assert [len(there) for there in tries] == [1, 0]
+
+
+def test_a_key_has_its_share_of_the_queue_and_its_turn(serve: Served, generator: Generator) -> None:
+    other = {"headers": {"Authorization": f"Bearer {OTHER}"}}
+    generator.go.clear()
+    with serve(keys=[ONE, OTHER], queue=6, batch=2) as client:
+        ask(client, "first")
+        assert generator.begun.wait(10)
+        for i in range(3):  # 0 of 6 free, 1 of 5, 2 of 4
+            ask(client, f"one {i}", steps=5 + i)
+        answer = client.post("/v1/videos", json={"prompt": "x"})
+        assert answer.status_code == 429 and "of yours" in answer.json()["error"]["message"]
+        last = client.post("/v1/videos", json={"prompt": "other 0", "steps": 9}, **other).json()["id"]
+        generator.go.set()
+        until_done(client, last, **other)
+        for video in client.get("/v1/videos").json()["data"]:
+            until_done(client, video["id"])
+    made = [prompt for call in generator.calls for prompt in call["prompts"]]
+    assert made[0] == "first" and made[1] == "other 0"  # its turn, before all that waited longer
+    assert made.index("one 0") < made.index("one 1") < made.index("one 2")
+
+
+def test_a_key_alone_may_fill_the_queue(serve: Served, generator: Generator) -> None:
+    generator.go.clear()
+    with serve(keys=[ONE], queue=3, batch=1) as client:
+        ask(client)
+        assert generator.begun.wait(10)
+        assert [client.post("/v1/videos", json={"prompt": "x"}).status_code for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_clips_of_one_key_do_not_push_out_anothers(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    sizes = {"small": [10, 10], "large": [30, 30, 30], "old": [5]}
+    names = {}
+    for owner, all_of_it in sizes.items():
+        for size in all_of_it:
+            name = jobs.add(owner, "x", 0, {}).id
+            jobs.claim(1)
+            jobs.complete(name, size)
+            names.setdefault(owner, []).append(name)
+    assert jobs.expire(1e9, 115) == []
+    assert jobs.expire(1e9, 60) == names["large"][:2]
+    assert jobs.expire(1e9, 44) == names["large"][2:]
+    assert jobs.expire(1e9, 20) == names["small"][:1]
+    jobs.close()

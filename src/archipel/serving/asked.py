@@ -53,13 +53,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be done. ``settings``: strategy, guidance, steps, scale. ``digest``: of all that was given."""
+    """A request that can be done. ``settings``: strategy, guidance, steps, scale. ``digest``: of all that was given.
+    ``upload``: the picture as it came, of which ``image`` is the part that is used."""
 
     prompt: str
     seed: int
     settings: dict[str, Any]
     image: bytes | None
     digest: str
+    upload: bytes | None = None
 
 
 def read(fields: Mapping[str, Any], image: bytes | None, offer: Offer, limits: Limits) -> Asked:
@@ -81,13 +83,14 @@ def read(fields: Mapping[str, Any], image: bytes | None, offer: Offer, limits: L
     seed = _number("seed", fields.get("seed"), whole=True)
     if seed is not None and not 0 <= seed < _SEEDS:
         raise wrong("seed", f"seed must be a whole number from 0 to {_SEEDS - 1}")
-    picture = _image(fields.get("input_reference"), image, offer, limits)
+    picture, upload = _image(fields.get("input_reference"), image, offer, limits)
     return Asked(
         prompt,
         secrets.randbelow(2**31) if seed is None else int(seed),
         {**settings, "scale": offer.sizes[size]},
         picture,
         _digest(prompt, seed, settings, size, picture),
+        upload,
     )
 
 
@@ -161,9 +164,10 @@ def _settings(fields: Mapping[str, Any], offer: Offer, limits: Limits) -> dict[s
     return found
 
 
-def _image(reference: Any, upload: bytes | None, offer: Offer, limits: Limits) -> bytes | None:
+def _image(reference: Any, upload: bytes | None, offer: Offer, limits: Limits) -> tuple[bytes | None, bytes | None]:
+    """The first frame, and the picture that it was cut from; None twice where there is none. Raises Refused."""
     if isinstance(reference, str) and not reference and upload is None:
-        return None  # an empty field of a form
+        return None, None  # an empty field of a form
     if reference is not None and upload is None:
         if not isinstance(reference, dict) or set(reference) - {"image_url", "file_id"}:
             raise wrong(
@@ -174,12 +178,12 @@ def _image(reference: Any, upload: bytes | None, offer: Offer, limits: Limits) -
             raise wrong("input_reference", "this server keeps no files: give image_url, or upload the picture")
         upload = from_data_url(url)
     if upload is None:
-        return None
+        return None, None
     try:
         check_given(offer.config, True, False)
     except ArchipelError as error:
         raise wrong("input_reference", str(error)) from error
-    return first_frame(upload, offer.config.clips, limits.image_pixels)
+    return first_frame(upload, offer.config.clips, limits.image_pixels), upload
 
 
 def too_large(limits: Limits) -> Refused:

@@ -13,6 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -39,6 +40,10 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 
 class QueueFull(Exception):  # noqa: N818 - it is an answer
     """As many jobs wait as may."""
+
+
+class ShareFull(QueueFull):
+    """As many jobs of this owner wait as may, for the others' sake."""
 
 
 class OtherRequest(Exception):  # noqa: N818 - it is an answer
@@ -83,6 +88,7 @@ class Jobs:
 
     def __init__(self, folder: Path) -> None:
         self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._turns: dict[str, int] = {}  # owner -> when it last had its turn, as a count
         self.path = folder / "jobs.sqlite"
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # its journal gets the same mode
         self.path.chmod(0o600)
@@ -149,11 +155,13 @@ class Jobs:
         same_request: str | None = None,
         digest: str = "",
         most: int = 64,
+        shared: bool = False,
     ) -> Job:
         """Queue a job. ``same_request``: a client's name for it, which makes asking again give the same job;
         ``digest``: of all that was asked for.
 
-        Raises QueueFull where ``most`` wait, OtherRequest where the name was used for something else.
+        Raises QueueFull where ``most`` wait; where the queue is ``shared``, ShareFull where as many of this owner wait as
+        places are free (so n busy owners leave a place in n + 1 to the next); OtherRequest where the name was used for something else.
         """
         text = json.dumps(settings, sort_keys=True)
         with self._change() as db:
@@ -164,8 +172,12 @@ class Jobs:
                     if kept != digest:
                         raise OtherRequest
                     return found[0]
-            if db.execute("SELECT count(*) FROM jobs WHERE status = ?", (QUEUED,)).fetchone()[0] >= most:
+            waits = "SELECT count(*), coalesce(sum(owner = ?), 0) FROM jobs WHERE status = ?"
+            waiting, own = db.execute(waits, (owner, QUEUED)).fetchone()
+            if waiting >= most:
                 raise QueueFull
+            if shared and own >= most - waiting:
+                raise ShareFull
             name = f"video_{secrets.token_hex(16)}"
             db.execute(
                 "INSERT INTO jobs (id, owner, status, prompt, seed, settings, image, same_request, digest, created) "
@@ -235,14 +247,26 @@ class Jobs:
             return db.execute("UPDATE jobs SET status = ?, started = NULL WHERE status = ?", (QUEUED, RUNNING)).rowcount
 
     def claim(self, most: int) -> list[Job]:
-        """The job that waits longest and up to ``most - 1`` of equal settings, now in progress; empty where none waits."""
+        """A job and up to ``most - 1`` of equal settings, now in progress; empty where none waits.
+
+        Owners take turns, each with its oldest job first: many jobs of one do not hold up the few of another.
+        """
         with self._change() as db:
-            first = _select(db, "WHERE status = ? ORDER BY number LIMIT 1", QUEUED)
-            if not first:
+            owners = db.execute(
+                "SELECT owner, min(number) FROM jobs WHERE status = ? GROUP BY owner", (QUEUED,)
+            ).fetchall()
+            if not owners:
                 return []
+            owner, number = min(owners, key=lambda one: (self._turns.get(one[0], 0), one[1]))
+            first = _select(db, "WHERE number = ?", number)
             settings = json.dumps(first[0].settings, sort_keys=True)
-            rest = "WHERE status = ? AND settings = ? AND (image IS NULL) = ? ORDER BY number LIMIT ?"
-            names = [job.id for job in _select(db, rest, QUEUED, settings, first[0].image is None, most)]
+            rest = (
+                "WHERE status = ? AND settings = ? AND (image IS NULL) = ? "
+                "ORDER BY row_number() OVER (PARTITION BY owner ORDER BY number), owner <> ?, number LIMIT ?"
+            )
+            batch = _select(db, rest, QUEUED, settings, first[0].image is None, owner, most)
+            names, turn = [job.id for job in batch], 1 + max(self._turns.values(), default=0)
+            self._turns |= {job.owner: turn for job in batch}
             marks = ", ".join("?" * len(names))
             change = f"UPDATE jobs SET status = ?, started = ?, attempts = attempts + 1 WHERE id IN ({marks})"
             db.execute(change, (RUNNING, time.time(), *names))
@@ -275,14 +299,23 @@ class Jobs:
             )
 
     def expire(self, keep_seconds: float, keep_bytes: int) -> list[str]:
-        """Remove finished jobs that are too old, then the oldest until the rest fits; returns their ids."""
+        """Remove finished jobs that are too old, then, until the rest fits, the oldest of whichever owner's clips take most
+        room (so an owner loses none while another has more); returns their ids."""
         with self._change() as db:
-            done = "SELECT id, coalesce(bytes, 0), finished FROM jobs WHERE status IN (?, ?) ORDER BY finished DESC"
-            gone, total, now = [], 0, time.time()
-            for name, size, finished in db.execute(done, (COMPLETED, FAILED)).fetchall():
-                total += size
-                if now - finished > keep_seconds or total > keep_bytes:
+            done = "SELECT id, owner, coalesce(bytes, 0), finished FROM jobs WHERE status IN (?, ?) ORDER BY finished, number"
+            gone, now = [], time.time()
+            kept: dict[str, deque[tuple[str, int]]] = {}
+            for name, owner, size, finished in db.execute(done, (COMPLETED, FAILED)).fetchall():
+                if now - finished > keep_seconds:
                     gone.append(name)
+                else:
+                    kept.setdefault(owner, deque()).append((name, size))
+            room = {owner: sum(size for _, size in jobs) for owner, jobs in kept.items()}
+            while sum(room.values()) > keep_bytes:
+                owner = max(room, key=lambda one: room[one])
+                name, size = kept[owner].popleft()
+                room[owner] -= size
+                gone.append(name)
             db.executemany("DELETE FROM jobs WHERE id = ?", [(name,) for name in gone])
         if gone:
             self._forget()

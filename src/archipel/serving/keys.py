@@ -65,6 +65,11 @@ class Keys:
         """Whether no key is asked for."""
         return not self._owners
 
+    @property
+    def several(self) -> bool:
+        """Whether clips have different owners, who share one queue."""
+        return len(self._owners) > 1
+
     def _digest(self, value: str | bytes) -> bytes:
         data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
         return hmac.new(self._salt, data, hashlib.sha256).digest()

@@ -18,6 +18,7 @@ class Limits:
     image_pixels: int = 1 << 25  # of an uploaded picture, looked at before it is decoded
     body_seconds: float = 30.0  # for a request to arrive, once its head is there
     head_seconds: float = 10.0  # for the head of a request to arrive
+    stall_seconds: float = 15.0  # in which a client takes at least 16 KiB of what is sent to it
     connections: int = 1024
     streams: int = 256  # of progress at once
     queue: int = 64  # jobs that wait

@@ -31,6 +31,7 @@ class Metrics:
         self.created = Counter("archipel_jobs_created", "Jobs that were queued", **given)
         self.clips = Counter("archipel_clips", "Clips by what came of them", ["outcome"], **given)
         self.seconds = Histogram("archipel_batch_seconds", "Seconds per batch of clips", buckets=_SECONDS, **given)
+        self.blocked = Counter("archipel_blocked", "What the safety filter refused or withheld", ["what"], **given)
         self.requests = Counter("archipel_http_requests", "Requests", ["route", "method", "status"], **given)
         self.latency = Histogram(
             "archipel_http_seconds", "Seconds to the head of an answer", ["route"], buckets=_SECONDS, **given
@@ -38,6 +39,8 @@ class Metrics:
 
     def made(self, outcome: str, clips: int, seconds: float) -> None:
         self.clips.labels(outcome).inc(clips)
+        if outcome == "blocked":
+            self.blocked.labels("clip").inc(clips)
         if outcome == "completed":
             self.seconds.observe(seconds)
 

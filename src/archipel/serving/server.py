@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,10 +16,12 @@ from archipel import store
 from archipel.errors import ArchipelError
 from archipel.serving.keys import check_exposure, read_keys
 from archipel.serving.limits import Limits
+from archipel.serving.protocol import protocol
 from archipel.serving.service import Service, Tell
 
 if TYPE_CHECKING:
     from archipel.ensemble.pipeline import Archipelago
+    from archipel.ensemble.safety import Safety
 
 
 # Given the FastAPI application and its service before the first request: more pages, for as long as the context is open.
@@ -44,14 +47,24 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def opened(
-    archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits, extend: Extend | None = None
+    archipelago: Archipelago,
+    folder: Path,
+    keys: list[str],
+    limits: Limits,
+    extend: Extend | None = None,
+    safety: Safety | None = None,
 ) -> Iterator[Any]:
     """The application for as long as this process alone works on ``folder``. Raises LockedError where another does."""
     from archipel.serving import app
 
     folder.mkdir(parents=True, exist_ok=True)
     with store.lock(folder / "lock", f"the clips in {folder}"):
-        service = Service.open(archipelago, folder, keys, limits)
+        try:
+            service = Service.open(archipelago, folder, keys, limits, safety)
+        except sqlite3.OperationalError as error:
+            raise ArchipelError(
+                f"the list of jobs in {folder} cannot be written ({error}): is the disk full?"
+            ) from error
         made = app.make(service)
         with extend(made, service) if extend else contextlib.nullcontext():
             yield made
@@ -75,26 +88,30 @@ def serve(
     limits: Limits,
     tell: Tell,
     extend: Extend | None = None,
+    safety: Safety | None = None,
 ) -> None:
-    """Listen until the process is stopped. ``folder``: where jobs and clips are kept; ``extend``: pages beyond the interface."""
+    """Listen until the process is stopped. ``folder``: where jobs and clips are kept; ``extend``: pages beyond the interface;
+    ``safety``: the switch for public serving."""
     import uvicorn
 
     check_exposure(host, keys)
     sys.setswitchinterval(0.001)  # the models' thread gives way to clients sooner than after Python's 5 ms
     warm(archipelago, tell)
-    with contextlib.closing(listen(host, port)) as sock, opened(archipelago, folder, keys, limits, extend) as app:
+    with (
+        contextlib.closing(listen(host, port)) as sock,
+        opened(archipelago, folder, keys, limits, extend, safety) as app,
+    ):
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{sock.getsockname()[1]}{'' if keys else ' (no key: this machine only)'}")
         config = uvicorn.Config(
             app,
-            http=_protocol(limits.head_seconds),
+            http=protocol(limits),
             ws="none",
             lifespan="on",
             access_log=False,
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=limits.connections,
             timeout_graceful_shutdown=10,
             h11_max_incomplete_event_size=32 << 10,
         )
@@ -113,40 +130,3 @@ def _server(config: Any, app: Any) -> Any:
                 ending.set()
 
     return Server(config)
-
-
-def _protocol(head_seconds: float) -> Any:
-    """uvicorn's HTTP/1.1 with a limit on how long a request's head may take: a new connection's, and one after an answer
-    (where uvicorn's own patience ends with the first byte)."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Timed(H11Protocol):
-        _patience: Any = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._patience = self.loop.call_later(head_seconds, self._give_up)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            between = self.cycle is None or self.cycle.response_complete
-            if between and self._patience is None:
-                self._patience = self.loop.call_later(head_seconds, self._give_up)
-            elif not between:
-                self._forget()
-
-        def _give_up(self) -> None:
-            self._patience = None
-            if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
-                self.transport.close()
-
-        def _forget(self) -> None:
-            if self._patience is not None:
-                self._patience.cancel()
-                self._patience = None
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._forget()
-            super().connection_lost(exc)
-
-    return Timed

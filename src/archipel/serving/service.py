@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from archipel.ensemble.settings import Settings
 from archipel.errors import ArchipelError
 from archipel.serving.asked import Asked, Offer
 from archipel.serving.errors import Refused, wrong
-from archipel.serving.jobs import COMPLETED, Job, Jobs, OtherRequest, QueueFull
+from archipel.serving.jobs import COMPLETED, Job, Jobs, OtherRequest, QueueFull, ShareFull
 from archipel.serving.keys import Keys
 from archipel.serving.limits import Limits
 from archipel.serving.metrics import Metrics
@@ -22,6 +23,7 @@ from archipel.serving.worker import Worker
 
 if TYPE_CHECKING:
     from archipel.ensemble.pipeline import Archipelago
+    from archipel.ensemble.safety import Safety
 
 _LOOK_AT_PARTS = 5.0  # seconds for which a strategy that could be used is taken to be usable
 
@@ -37,10 +39,15 @@ class Service:
     keys: Keys
     limits: Limits
     metrics: Metrics
+    safety: Safety | None = None
 
     @classmethod
-    def open(cls, archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits) -> Service:
-        """``folder`` (mode 0700) gets jobs.sqlite and clips/. Raises ArchipelError where it cannot be used."""
+    def open(
+        cls, archipelago: Archipelago, folder: Path, keys: list[str], limits: Limits, safety: Safety | None = None
+    ) -> Service:
+        """``folder`` (mode 0700) gets jobs.sqlite and clips/; ``safety``: the switch for public serving.
+
+        Raises ArchipelError where it cannot be used."""
         folder.mkdir(parents=True, exist_ok=True)
         clips = folder / "clips"
         clips.mkdir(exist_ok=True)
@@ -48,10 +55,11 @@ class Service:
             private.chmod(0o700)
         jobs = Jobs(folder)
         metrics = Metrics(jobs)
-        worker = Worker(archipelago, jobs, clips, limits, metrics.made)
+        worker = Worker(archipelago, jobs, clips, limits, metrics.made, safety)
         offer = Offer.of(archipelago.config, archipelago.model, limits)
         salt = jobs.fact("salt", secrets.token_bytes(32))
-        return cls(archipelago, offer, jobs, worker, Keys(keys, salt, limits.session_seconds), limits, metrics)
+        asked_by = Keys(keys, salt, limits.session_seconds)
+        return cls(archipelago, offer, jobs, worker, asked_by, limits, metrics, safety)
 
     def __post_init__(self) -> None:
         self._usable: dict[str, float] = {}
@@ -65,7 +73,16 @@ class Service:
     # --- what routes do ----------------------------------------------------------------------------------------------
 
     def create(self, owner: str, asked: Asked, same_request: str | None) -> Job:
-        """Queue a clip. Raises Refused: 400 where the strategy's parts are not there, 429 where the queue is full."""
+        """Queue a clip. Raises Refused: 400 where it is blocked or the strategy's parts are not there, 429 where the queue
+        or this owner's share of it is full, 503 where the disk is."""
+        self._check_safe(asked)
+        if self.worker.full:
+            raise Refused(
+                503,
+                "the server's disk is full, nothing can be stored now: try again later",
+                code="disk_full",
+                headers={"Retry-After": "30"},
+            )
         self._check_parts(asked)
         try:
             job = self.jobs.add(
@@ -77,12 +94,14 @@ class Service:
                 same_request=same_request,
                 digest=asked.digest,
                 most=self.limits.queue,
+                shared=self.keys.several,
             )
-        except QueueFull:
+        except QueueFull as full:
             after = self.worker.wait(self.limits.queue)
+            whose = " of yours" if isinstance(full, ShareFull) else f" ({self.limits.queue})"
             raise Refused(
                 429,
-                f"{self.limits.queue} clips wait already: try again in about {after} s",
+                f"as many clips{whose} wait already as may: try again in about {after} s",
                 code="queue_full",
                 headers={"Retry-After": str(after)},
             ) from None
@@ -91,6 +110,19 @@ class Service:
         self.metrics.created.inc()
         self.worker.call()
         return job
+
+    def _check_safe(self, asked: Asked) -> None:
+        """Raises Refused (400) for what the safety filter does not let pass."""
+        if self.safety is None:
+            return
+        name, words = "", "this server does not make clips of what this {} holds"
+        if self.safety.line(asked.prompt) is not None:
+            name, what = "prompt", "prompt"
+        elif any(self.safety.picture(one) for one in (asked.upload, asked.image) if one is not None):
+            name, what = "input_reference", "picture"
+        if name:
+            self.metrics.blocked.labels(what).inc()
+            raise wrong(name, words.format(what), "moderation_blocked")
 
     def _check_parts(self, asked: Asked) -> None:
         strategy = asked.settings["strategy"]
@@ -108,7 +140,11 @@ class Service:
 
     def delete(self, job: Job) -> None:
         """Cancel or remove a job: its prompt, picture and clip are gone afterwards."""
-        self.jobs.delete(job.id)
+        try:
+            self.jobs.delete(job.id)
+        except sqlite3.OperationalError:  # on a full disk the clip's room is what its row needs to go
+            self.worker.remove(job.id)
+            self.jobs.delete(job.id)
         self.worker.remove(job.id)
         self.worker.call()
 

@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import logging
+import os
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -23,10 +25,14 @@ from archipel.serving.limits import Limits
 
 if TYPE_CHECKING:
     from archipel.ensemble.pipeline import Archipelago
+    from archipel.ensemble.safety import Safety
 
 logger = logging.getLogger("archipel")
 _LOOK = 0.5  # seconds between looks at an empty queue, where nobody calls
 _SWEEP = 30.0  # seconds between looks for clips that are too old
+_ROOM = 4 << 20  # bytes that a disk must have again before clips are made, once it was full
+_LONGEST_PAUSE = 60.0  # seconds between attempts on a disk that is full
+_BLOCKED = "the safety filter of this server withheld this clip: nothing of it was kept"
 _FIRST_GUESS = 10.0  # seconds of a clip, as long as none was made
 
 
@@ -37,7 +43,8 @@ class _Enough(Exception):  # noqa: N818 - it is no error
 class Worker:
     """Works off ``jobs`` with ``archipelago``, into ``folder``.
 
-    ``told(outcome, clips, seconds)`` is called after each batch: completed, failed, cancelled or interrupted.
+    ``told(outcome, clips, seconds)`` is called after each batch: completed, failed, blocked, cancelled or interrupted.
+    ``safety``: prompts that were queued before it was on are looked at as well. While the disk is full, jobs wait.
     """
 
     def __init__(
@@ -47,8 +54,12 @@ class Worker:
         folder: Path,
         limits: Limits,
         told: Callable[[str, int, float], None] = lambda *_: None,
+        safety: Safety | None = None,
     ) -> None:
         self.archipelago, self.jobs, self.folder, self.limits, self._told = archipelago, jobs, folder, limits, told
+        self.safety = safety
+        self.full = False  # the disk: jobs wait, and no more are taken
+        self._owing, self._pause = False, 0.0
         self._progress: dict[str, int] = {}
         self._left: dict[str, float] = {}
         self._paces: deque[float] = deque(maxlen=20)  # seconds per clip of the last batches
@@ -121,27 +132,58 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 if time.monotonic() - swept >= _SWEEP:
-                    self._sweep()
                     swept = time.monotonic()
-                batch = self.jobs.claim(self.limits.batch)
-                if batch:
-                    self._make(batch)
+                    self._sweep()
+                self.full = self.full and not self._has_room()
+                if not self.full and self._work():
                     swept = min(swept, time.monotonic() - _SWEEP + 1)  # new clips may push old ones out
                     continue
-            except Exception as error:  # a full disk under the table: clients are told, and it is tried again
-                logger.error("the server's list of jobs cannot be worked on: %s", type(error).__name__)
-                self._put_back()
-                self._stopping.wait(1.0)
+            except Exception as error:  # a failing disk: clients are told, and it is tried again
+                self.full, self._owing = _is_full(error), True
+                said = "the disk is full" if self.full else type(error).__name__
+                logger.error("clips or the list of jobs cannot be written: %s", said)
+                self._pause = min(max(2 * self._pause, 1.0), _LONGEST_PAUSE)
+                self._stopping.wait(self._pause)
             self._called.wait(_LOOK)
             self._called.clear()
 
-    def _put_back(self) -> None:
-        with contextlib.suppress(Exception):
+    def _work(self) -> bool:
+        """Make the next batch; whether there was one."""
+        if self._owing:  # what was in progress when the disk failed
             self.jobs.put_back(sorted(self.jobs.running()))
+            self._owing = False
+        claimed = self.jobs.claim(self.limits.batch)
+        batch = self._allowed(claimed)
+        if batch:
+            self._make(batch)
+        self._pause = 0.0
+        return bool(claimed)
 
     def _sweep(self) -> None:
         for name in self.jobs.expire(self.limits.keep_seconds, self.limits.keep_bytes):
             self.remove(name)
+
+    def _has_room(self) -> bool:
+        probe = self.folder / "room"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _ROOM)
+        except OSError as error:
+            return not _is_full(error)
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
+
+    def _allowed(self, batch: list[Job]) -> list[Job]:
+        """Without those whose prompts are blocked."""
+        refused = [job for job in batch if self.safety is not None and self.safety.line(job.prompt) is not None]
+        for job in refused:
+            self._block(job)
+        return [job for job in batch if job not in refused]
+
+    def _block(self, job: Job) -> None:
+        self.jobs.fail(job.id, "moderation_blocked", _BLOCKED)
+        self._told("blocked", 1, 0.0)
 
     def _make(self, batch: list[Job]) -> None:
         begin, names = time.monotonic(), [job.id for job in batch]
@@ -155,6 +197,8 @@ class Worker:
             else:
                 self._told("cancelled", len(batch), 0.0)
         except Exception as error:
+            if _is_full(error):
+                raise
             if len(batch) > 1:  # one of them may have spoiled it for the others
                 for job in batch:
                     self._make([job])
@@ -200,14 +244,31 @@ class Worker:
             on_step=on_step,
         )
         done, seconds = 0, time.monotonic() - begin
+        blocked = [] if self.safety is None else self.safety.blocked(made.clips)
         for row, (job, clip, note) in enumerate(zip(batch, made.clips, made.notes, strict=True)):
-            path = write(self.path(job.id), clip, made.fps, scale=settings["scale"], note=note)
-            store.write_text(self.trace_path(job.id), json.dumps(_trace(made, row, seconds)))
-            if self.jobs.complete(job.id, path.stat().st_size):
-                done += 1
-            else:
-                self.remove(job.id)  # deleted meanwhile
+            if row in blocked:
+                self._block(job)
+                continue
+            wanted = False
+            try:
+                path = write(self.path(job.id), clip, made.fps, scale=settings["scale"], note=note)
+                store.write_text(self.trace_path(job.id), json.dumps(_trace(made, row, seconds)))
+                wanted = self.jobs.complete(job.id, path.stat().st_size)
+                done += wanted
+            finally:
+                if not wanted:  # deleted meanwhile, or the disk is full
+                    self.remove(job.id)
         return done
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a disk without room."""
+    for one in (error, error.__cause__):
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(one, sqlite3.OperationalError) and "full" in str(one):
+            return True
+    return False
 
 
 def _trace(made: Any, row: int, seconds: float) -> dict[str, Any]:
@@ -232,9 +293,6 @@ def _picture(data: bytes) -> np.ndarray:
 def _reason(error: Exception, where: str) -> tuple[str, str]:
     """A code and a sentence for clients, without paths of this machine."""
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "disk_full", "the server's disk is full: try again later"
         return "storage", "the server could not store the clip: try again later"
     if isinstance(error, ArchipelError):
         return "cannot_generate", str(error).replace(where, "RUN")
