@@ -18,13 +18,16 @@ class StudioContext:
     """``where``: the run as the command line named it (a folder, a bucket's URL, an export); not for display to clients.
 
     ``run``: the run's own folder, where partition, islands' jobs and training records lie; None for a bucket or an export, of
-    which only what the parts hold is known.
+    which only what the parts hold is known. ``store``: where its islands work (``--store``), where it is not ``where``.
+    ``show_clips``: whether the partition's page may show sheets of the training clips (``--no-clips``: not).
     """
 
     archipelago: Archipelago
     service: Service
     where: str
     run: Run | None = None
+    store: str | None = None
+    show_clips: bool = True
 
     @property
     def parts(self) -> Parts:

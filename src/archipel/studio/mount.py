@@ -43,12 +43,14 @@ def prepare() -> None:
     import gradio  # noqa: F401
 
 
-def extend(archipelago: Archipelago, where: str, run: Run | None) -> Extend:
+def extend(
+    archipelago: Archipelago, where: str, run: Run | None, *, store: str | None = None, show_clips: bool = True
+) -> Extend:
     """What ``serving.server.serve`` is given so that the studio is there, too."""
 
     @contextlib.contextmanager
     def mounted(app: Any, service: Service) -> Iterator[None]:
-        context = StudioContext(archipelago, service, where, run)
+        context = StudioContext(archipelago, service, where, run, store, show_clips)
         with _private_folder() as temporary:
             _mount(app, context, temporary)
             yield

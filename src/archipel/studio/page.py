@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from archipel.studio import compare_page, gallery_page, generate_page, widgets
+from archipel.studio import compare_page, gallery_page, generate_page, islands_page, partition_page, widgets
 from archipel.studio.context import StudioContext
 from archipel.studio.desk import Desk
 
@@ -29,6 +29,10 @@ def build(context: StudioContext, desk: Desk) -> Any:
                 compare_page.build(context, desk, blocks)
             with gr.Tab("Gallery", id="gallery") as gallery:
                 gallery_page.build(context, desk, gallery, tabs, form)
+            with gr.Tab("Partition", id="partition"):
+                partition_page.build(context)
+            with gr.Tab("Islands", id="islands"):
+                islands_page.build(context)
     # Followed clips hold no thread; the jobs' own queue bounds the work.
     blocks.queue(api_open=False, max_size=256, default_concurrency_limit=None)
     return blocks

@@ -112,6 +112,7 @@ def sheet() -> str:
         for line in report.splitlines()
         if line.startswith((".t0{", ".tick", ".grid{", ".line{", ".legend", ".key"))
     )
-    own = resources.files("archipel.studio").joinpath("studio.css").read_text(encoding="utf-8")
+    here = resources.files("archipel.studio")
+    own = "\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in ("studio.css", "islands.css"))
     light = light.replace("color-scheme:light dark;", "")
     return f".gradio-container{{{light}}}\n@media (prefers-color-scheme:dark){{.gradio-container{{{dark}}}}}\n{marks}\n{own}"
