@@ -129,8 +129,8 @@ def test_saved_files_open_with_diffusers_and_safetensors_alone(small: config.Run
     again = load(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(x, t, cond), model(x, t, cond), rtol=0, atol=0)
-        again.network = theirs
-        torch.testing.assert_close(again(x, t, cond), model(x, t, cond), rtol=0, atol=0)
+        again.network = theirs  # as diffusers computes it: see flux_blocks
+        torch.testing.assert_close(again(x, t, cond), model(x, t, cond), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [32, 96])
@@ -155,7 +155,9 @@ def test_closed_form_flops_are_those_that_torch_counts(width: int) -> None:
 def test_training_flops_of_the_default_expert_are_three_forwards_within_one_percent() -> None:
     default = config.RunConfig()
     model = registry.build_expert(default, seed=0)
-    x, cond = torch.randn(1, *flops.latent_shape(default)), conditioning(1, default.text.tokens, [3])
+    # A caption of full length: on a CPU padding is left out, and the ledger counts it.
+    tokens = default.text.tokens
+    x, cond = torch.randn(1, *flops.latent_shape(default)), conditioning(1, tokens, [tokens])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, torch.tensor([0.5]), cond).sum().backward()
     closed = flops.training_flops(flops.expert_forward_flops(default), steps=1, batch=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archipel.backbones import base
+from archipel.backbones import base, flux_blocks
 from archipel.contracts import Conditioning
 
 _GUIDANCE = "time_text_embed.guidance_embedder."
@@ -51,6 +51,18 @@ def unpack(tokens: Tensor, like: Tensor, patch: int = 1) -> Tensor:
     return parts.reshape(B, -1, T, H, W)
 
 
+def shortened(cond: Conditioning) -> Conditioning:
+    """Without the padding that no row of the batch needs (at least one token stays); on a CPU only, where tokens are paid
+    for one by one: elsewhere looking at the mask would make the host wait, and shapes that change cost more."""
+    if cond.mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return cond
+    used = cond.mask.any(0).nonzero()
+    length = max(1, int(used[-1]) + 1 if len(used) else 0)
+    if length == cond.mask.shape[1]:
+        return cond
+    return Conditioning(cond.tokens[:, :length], cond.mask[:, :length], cond.pooled, cond.image)
+
+
 class FluxDenoiser(base.Denoiser):
     """``facts["patch"]``: positions per side in one token (default 1). See ``base.Denoiser``."""
 
@@ -61,6 +73,7 @@ class FluxDenoiser(base.Denoiser):
     def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
         super().__init__(network, facts)
         self.patch = int(facts.get("patch", 1))
+        flux_blocks.quicken(network)
 
     @classmethod
     def settle(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,6 +90,7 @@ class FluxDenoiser(base.Denoiser):
         tokens = pack(x, self.patch)
         extra = {}
         if self.mask_text:
+            cond = shortened(cond)
             mask = torch.cat([cond.mask, cond.mask.new_ones(B, tokens.shape[1])], dim=1)[:, None, None, :]
             extra["joint_attention_kwargs"] = {"attention_mask": mask}
         (output,) = self.network(

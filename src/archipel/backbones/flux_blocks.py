@@ -1,0 +1,145 @@
+"""What diffusers' flux blocks compute, in fewer passes over memory: the same modules and weights, nothing approximated.
+
+Rotary embeddings are complex products (one pass instead of five, the same bits), their tables are made once per shape of
+a video, and attention is called without the checks around it. On a CPU without gradients a block's elementwise work is
+joined to what is next to it; last bits differ there. docs/log.md has what each of it brought.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rotary = tuple[Tensor, ...]
+"""cos, sin (N, d) as diffusers has them, and behind them exp(i angle) (1, N, 1, d/2) complex, where ``_Places`` made it."""
+
+
+def quicken(network: nn.Module) -> None:
+    """Let a ``FluxTransformer2DModel`` compute so. Its weights, their names and its configuration stay as they are."""
+    for module in network.modules():
+        kind = _QUICK.get(type(module))
+        if kind is not None:
+            module.__class__ = kind
+        if isinstance(module, (FluxSingleTransformerBlock, FluxTransformerBlock)):
+            attention: Any = module.attn
+            if type(attention.processor) is FluxAttnProcessor:
+                attention.processor = Attention()
+
+
+def turn(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of x (B, N, H, d): neighbours (2 i, 2 i + 1) turned by the angle of place and i, in float32."""
+    if len(rotary) < 3 or torch.compiler.is_compiling():  # inductor has no complex numbers to fuse
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        turned: Tensor = apply_rotary_emb(x, rotary[:2], sequence_dim=1)
+        return turned
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary[2]).flatten(3).to(x.dtype)
+
+
+class Attention(FluxAttnProcessor):
+    """diffusers' processor with rotary embeddings by ``turn``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Any:
+        """As diffusers' processor: (B, N, D), and behind it the text's (B, L, D) where there is text."""
+        if attn.fused_projections or self._attention_backend is not None or self._parallel_config is not None:
+            plain = None if image_rotary_emb is None else image_rotary_emb[:2]
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, plain)
+        split = (-1, attn.head_dim)
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, split))
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, split))
+        value = attn.to_v(hidden_states).unflatten(-1, split)
+        text = encoder_hidden_states is not None
+        if text:
+            own = attn.norm_added_q(attn.add_q_proj(encoder_hidden_states).unflatten(-1, split))
+            query = torch.cat([own, query], dim=1)
+            own = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states).unflatten(-1, split))
+            key = torch.cat([own, key], dim=1)
+            value = torch.cat([attn.add_v_proj(encoder_hidden_states).unflatten(-1, split), value], dim=1)
+        if image_rotary_emb is not None:
+            query, key = turn(query, image_rotary_emb), turn(key, image_rotary_emb)
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        mixed = mixed.to(query.dtype)
+        if not text:
+            return mixed
+        assert encoder_hidden_states is not None
+        of_text, of_video = mixed.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        of_video = attn.to_out[1](attn.to_out[0](of_video.contiguous()))
+        return of_video, attn.to_add_out(of_text.contiguous())
+
+
+class _Places(FluxPosEmbed):
+    """diffusers' tables, kept while the same places are asked for."""
+
+    def forward(self, ids: Tensor) -> Rotary:
+        if ids.device.type != "cpu":  # comparing would make the host wait for the device
+            return self._tables(ids)
+        known: tuple[Tensor, Rotary] | None = self.__dict__.get("known")
+        if known is None or known[0].shape != ids.shape or not torch.equal(known[0], ids):
+            known = (ids, self._tables(ids))
+            self.__dict__["known"] = known
+        return known[1]
+
+    def _tables(self, ids: Tensor) -> Rotary:
+        cos, sin = super().forward(ids)
+        return cos, sin, torch.complex(cos[:, ::2], sin[:, ::2])[None, :, None]
+
+
+def _joined(*modules: nn.Module) -> bool:
+    """Whether the weights of plain linear layers may be used by themselves: on a CPU, in float32, without gradients."""
+    return all(
+        type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+        for module in modules
+    )
+
+
+def _linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """gelu(x W + b) by tanh, in oneDNN's one kernel."""
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
+    return made
+
+
+class _SingleBlock(FluxSingleTransformerBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.training or torch.is_grad_enabled() or not _joined(self.proj_mlp) or torch.is_autocast_enabled("cpu"):
+            done: tuple[Tensor, Tensor] = super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+            return done
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        shift, scale, gate = self.norm.linear(self.norm.silu(temb))[:, None].chunk(3, dim=2)
+        entered = torch.addcmul(shift, self.norm.norm(x), 1 + scale)
+        mixed = self.attn.processor(
+            self.attn, entered, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+        )
+        left = self.proj_out(torch.cat([mixed, _linear_gelu(entered, self.proj_mlp)], dim=2))
+        x = torch.addcmul(x, gate, left)
+        L = encoder_hidden_states.shape[1]
+        return x[:, :L], x[:, L:]
+
+
+_QUICK: dict[type, type] = {FluxPosEmbed: _Places, FluxSingleTransformerBlock: _SingleBlock}
