@@ -11,7 +11,7 @@ from archipel.serving.jobs import Job
 from archipel.studio import cards
 from archipel.studio.context import StudioContext
 
-_MOST_GUIDANCE = 15.0  # of the slider; the run's own is always in reach
+_MOST_GUIDANCE, _MOST_STEPS = 15.0, 100  # of the sliders; the run's own values are always in reach
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ def numbers(context: StudioContext) -> dict[str, Any]:
             float(sample.guidance),
             step=0.5,
             label="Guidance",
-            info="How closely to follow the words; 1 is off",
+            info="1 is off",
             buttons=["reset"],
         )
         steps = gr.Slider(
             1,
-            limits.steps,
+            min(limits.steps, max(_MOST_STEPS, sample.steps)),
             min(sample.steps, limits.steps),
             step=1,
             label="Steps",
-            info="More take longer and are finer",
+            info="more: finer, slower",
             buttons=["reset"],
         )
     seed = gr.Textbox(

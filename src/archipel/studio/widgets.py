@@ -6,6 +6,8 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from archipel.report.svg import TONES
+
 if TYPE_CHECKING:
     import gradio as gr
 
@@ -108,10 +110,10 @@ def sheet() -> str:
     report = resources.files("archipel.report").joinpath("page.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root\{([^}]*)\}", report)[:2]
     marks = "\n".join(
-        line
-        for line in report.splitlines()
-        if line.startswith((".t0{", ".tick", ".grid{", ".line{", ".legend", ".key"))
+        line for line in report.splitlines() if line.startswith((".tick", ".grid{", ".line{", ".legend", ".key"))
     )
+    # More specific than gradio's colour of all that stands in prose.
+    marks += "".join(f".gradio-container .prose .t{n}{{color:var(--t{n})}}" for n in range(TONES))
     here = resources.files("archipel.studio")
     own = "\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in ("studio.css", "islands.css"))
     light = light.replace("color-scheme:light dark;", "")
