@@ -104,7 +104,7 @@ def test_decoding_of_a_loop_stops_behind_the_window(
     seen = []
     duration = decode._duration
     monkeypatch.setattr(decode, "_duration", lambda image: seen.append(1) or duration(image))
-    decode_clip(make_loop(30, milliseconds=100), window(4, 10.0))
+    decode_clip(make_loop(30, kind="gif", milliseconds=100), window(4, 10.0))
     assert len(seen) == 4
 
 

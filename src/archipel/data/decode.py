@@ -1,13 +1,17 @@
 """Bytes of a clip -> the wanted window as uint8 (F, H, W, 3). Pillow reads WebP, GIF and PNG, PyAV the rest.
 
 Source frames are picked by time: at time t the frame is the last one that started at or before t. Decoding stops at
-the window's last frame; videos are entered at the key frame before its first. WebP, GIF and animated PNG are loops
+the window's last frame; videos are entered at the key frame before its first, and of loops only those frames are decoded
+that a wanted one shows a part of (``loops``). WebP, GIF and animated PNG are loops
 and wrap around; a video that is too short is rejected.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from archipel.data import loops
 from archipel.data.base import Rejected, Window
 from archipel.data.sniff import AV_FORMATS, PILLOW_KINDS, check_whole, kind_of
 
@@ -65,10 +70,9 @@ def to_square(image: Image.Image, window: Window, aspect: Fraction = Fraction(1)
     from PIL import Image
 
     if image.mode != "RGB":
-        rgba = image.convert("RGBA")
-        ground = Image.new("RGBA", rgba.size, (*window.background, 255))
-        ground.alpha_composite(rgba)
-        image = ground.convert("RGB")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, window.background)
+        image.paste(rgba, (0, 0), rgba)  # on opaque ground the numbers of alpha_composite, in half its time
     width, height, size = image.width * float(aspect), float(image.height), window.size
     if window.crop == "stretch" or width == height:
         resized = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -96,9 +100,15 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _decode_loop(data: bytes, window: Window) -> list[np.ndarray]:
-    """First pass: frames as they come, until the window is full. Where the loop ends first, its length is then known
-    and a second pass takes the times that wrap around."""
-    wanted = {i: t + _SLACK for i, t in enumerate(window.times())}
+    """The one window. Its wanted times count from the first frame and wrap around at the last."""
+    times = [t + _SLACK for t in window.times()]
+    with _opened(data) as image:
+        apart = loops.read(data, image)
+        if apart is not None:
+            return _compose(apart, times, window)
+    # Frames as they come, until the window is full. Where the loop ends first, its length is then known and a second
+    # pass takes the times that wrap around.
+    wanted = dict(enumerate(times))
     found, length = _take(data, wanted, window)
     if len(found) < len(wanted):
         found |= _take(data, {i: t % length for i, t in wanted.items() if i not in found}, window)[0]
@@ -107,26 +117,49 @@ def _decode_loop(data: bytes, window: Window) -> list[np.ndarray]:
 
 def _decode_phases(data: bytes, window: Window) -> list[np.ndarray]:
     """P windows of F frames, shifted by P-ths of the loop. The loop's length is known only after its last frame."""
-    length = _length(data)
+    with _opened(data) as image:
+        apart = loops.read(data, image)
+    length = _length(data) if apart is None else _ends(apart)[-1]
     shifts = [Fraction(phase, window.phases) * length for phase in range(window.phases)]
     times = [(t + shift + _SLACK) % length for shift in shifts for t in window.times()]
+    if apart is not None:
+        return _compose(apart, times, window)
     found, _ = _take(data, dict(enumerate(times)), window)
     return [found[i] for i in sorted(found)]
 
 
-def _length(data: bytes) -> Fraction:
-    """How long a loop is, in seconds."""
+def _compose(apart: loops.Loop, times: list[Fraction], window: Window) -> list[np.ndarray]:
+    """The frames on screen at ``times``, which wrap around."""
+    ends = _ends(apart)
+    numbers = [bisect.bisect_right(ends, t % ends[-1]) for t in times]
+    squares = {number: to_square(frame, window) for number, frame in apart.frames(sorted(set(numbers)))}
+    return [squares[number] for number in numbers]
+
+
+def _ends(apart: loops.Loop) -> list[Fraction]:
+    """When each frame of a loop ends, in seconds."""
+    return list(itertools.accumulate(_seconds(piece.milliseconds) for piece in apart.pieces))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
         with Image.open(io.BytesIO(data), formats=["WEBP", "GIF", "PNG"]) as image:
             _check_size(*image.size)
-            length = Fraction(0)
-            for number in _frame_numbers(image):
-                image.seek(number)
-                image.load()
-                length += _duration(image)
+            yield image
+
+
+def _length(data: bytes) -> Fraction:
+    """How long a loop is, in seconds."""
+    length = Fraction(0)
+    with _opened(data) as image:
+        for number in _frame_numbers(image):
+            image.seek(number)
+            image.load()
+            length += _duration(image)
     if length == 0:
         raise Rejected("no frames: the animation is empty")
     return length
@@ -134,24 +167,19 @@ def _length(data: bytes) -> Fraction:
 
 def _take(data: bytes, wanted: dict[int, Fraction], window: Window) -> tuple[dict[int, np.ndarray], Fraction]:
     """The frames on screen at those of the wanted times that lie in the loop, and the time that was reached."""
-    from PIL import Image
-
     found: dict[int, np.ndarray] = {}
     now = Fraction(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
-        with Image.open(io.BytesIO(data), formats=["WEBP", "GIF", "PNG"]) as image:
-            _check_size(*image.size)
-            for number in _frame_numbers(image):
-                image.seek(number)
-                image.load()
-                after = now + _duration(image)
-                here = [i for i, t in wanted.items() if now <= t < after]
-                if here:
-                    found |= dict.fromkeys(here, to_square(image, window))
-                now = after
-                if len(found) == len(wanted):
-                    break
+    with _opened(data) as image:
+        for number in _frame_numbers(image):
+            image.seek(number)
+            image.load()
+            after = now + _duration(image)
+            here = [i for i, t in wanted.items() if now <= t < after]
+            if here:
+                found |= dict.fromkeys(here, to_square(image, window))
+            now = after
+            if len(found) == len(wanted):
+                break
     if now == 0:
         raise Rejected("no frames: the animation is empty")
     return found, now
@@ -164,7 +192,10 @@ def _frame_numbers(image: Image.Image) -> range:
 
 
 def _duration(image: Image.Image) -> Fraction:
-    milliseconds = float(image.info.get("duration", 0) or 0)
+    return _seconds(float(image.info.get("duration", 0) or 0))
+
+
+def _seconds(milliseconds: float) -> Fraction:
     seconds = Fraction(milliseconds).limit_denominator(1000) / 1000 if math.isfinite(milliseconds) else _UNSET
     return _UNSET if seconds <= _SHORTEST else seconds
 
