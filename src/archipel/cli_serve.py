@@ -9,19 +9,28 @@ from typing import Annotated, Any
 
 import typer
 
+from archipel import box
 from archipel.edge import parse_bytes, parse_duration, say, stop_with_parent
 from archipel.errors import ArchipelError
 
 
 def serve(
-    run: Annotated[str, typer.Argument(help="The run's folder, or the URL of a bucket.", show_default=False)],
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="The run's folder, or the URL of a bucket (default: the model in the box).", show_default=False
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but 127.0.0.1 needs ARCHIPEL_API_KEY.")
     ] = "127.0.0.1",
     state: Annotated[
         Path | None,
-        typer.Option(help="Folder for jobs and clips (default: RUN/serving).", show_default=False),
+        typer.Option(
+            help="Folder for jobs and clips (default: RUN/serving; of the model in the box: in the user's data folder).",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
@@ -64,8 +73,9 @@ def serve(
     from archipel.serving import server
 
     keys = server.settle(host)
-    home = (Path(run) / "run.toml").exists()  # else a bucket or an export, which others read
-    if state is None and not home and ("://" in run or Path(run).is_dir()):
+    shipped, run = run is None or box.is_address(run), str(box.locate(run))
+    home = not shipped and (Path(run) / "run.toml").exists()  # else the box, a bucket or an export, which others read
+    if state is None and not (home or shipped) and ("://" in run or Path(run).is_dir()):
         raise ArchipelError(f"{run} is not a run's own folder: give --state FOLDER for jobs and clips")
     bound = None if memory is None else parse_bytes(memory)
     import fastapi  # noqa: F401 - said before minutes of loading where it is missing
@@ -89,7 +99,7 @@ def serve(
         torch.set_num_threads(threads)
     archipelago = Archipelago.load(run, device=pick_device(device), run_id=run_id, memory=bound)
     stop_with_parent()
-    folder = state or Path(run) / "serving"
+    folder = state or (box.home() if shipped else Path(run) / "serving")
     given: dict[str, Any] = {"host": host, "port": port, "keys": keys, "limits": limits, "tell": say, "safety": safety}
     if pages:
         own = pipeline.open_run(Path(run)) if home else None

@@ -155,13 +155,18 @@ def of_bucket(bucket: Bucket) -> Partition:
 
 
 def of_export(folder: Path, config: Any) -> Partition:
-    """From what ``archipel export`` wrote: the cards that it carries."""
-    from archipel import store
+    """From what ``archipel export`` or ``archipel pack`` wrote: the cards that it carries."""
+    from archipel import box, store
     from archipel.exchange.folder import FACTS
 
     cards: Mapping[str, Any] = {}
     with contextlib.suppress(ArchipelError, OSError):
-        cards = mapping(mapping(store.read_json(folder / FACTS)).get("cards"))
+        if box.is_box(folder):
+            cards = {
+                path.parent.name: mapping(store.read_card(path.parent)) for path in folder.glob("experts/*/card.json")
+            }
+        else:
+            cards = mapping(mapping(store.read_json(folder / FACTS)).get("cards"))
     experts = {
         name: Expert.of(mapping(cards[name])) if name in cards else Expert("not in this export")
         for name in [*map(str, range(config.partition.k)), MONOLITH]
