@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from archipel.partition.kmeans import Centroids, Groups, distances, unit_rows
+from archipel.partition.kmeans import SAMPLE, Centroids, Groups, closest, distances
+from archipel.partition.points import blocks, unit_rows
 
 _ROUNDS = 20
 _STEPS, _STEP, _COOLING = 2000, 0.05, 0.998
@@ -51,8 +52,9 @@ def refine(groups: Groups, centroids: Centroids) -> tuple[Centroids, np.ndarray]
         if before is not None and np.array_equal(assignment, before):
             break
         coarse, before = means(groups, assignment, coarse), assignment
-    assignment = assign(distances(groups.points, coarse), groups.clips)
-    return Centroids(centroids.mean, coarse, centroids.fine, distances(centroids.fine, coarse).argmin(1)), assignment
+    else:
+        assignment = assign(distances(groups.points, coarse), groups.clips)
+    return Centroids(centroids.mean, coarse, centroids.fine, closest(centroids.fine, coarse)), assignment
 
 
 def offsets(distance: np.ndarray, clips: np.ndarray) -> np.ndarray:
@@ -60,7 +62,11 @@ def offsets(distance: np.ndarray, clips: np.ndarray) -> np.ndarray:
 
     The prices of the transport problem that ``assign`` solves greedily, by subgradient steps (Bertsekas 1988): clips that
     nothing was fitted on are placed by the same rule as those that were, instead of by distance alone. For clips (G,).
+    Beyond ``SAMPLE`` groups as many, evenly spaced, stand for all.
     """
+    if len(clips) > SAMPLE:
+        chosen = np.linspace(0, len(clips) - 1, SAMPLE).astype(np.int64)
+        distance, clips = distance[chosen], clips[chosen]
     shares = clips / clips.sum()
     price = best = np.zeros(distance.shape[1])
     worst = np.inf
@@ -75,6 +81,7 @@ def offsets(distance: np.ndarray, clips: np.ndarray) -> np.ndarray:
 def means(groups: Groups, assignment: np.ndarray, fallback: np.ndarray) -> np.ndarray:
     """Unit mean directions (K, D) float32 of assigned groups; a cluster without any keeps its ``fallback`` row."""
     sums = np.zeros(fallback.shape)
-    np.add.at(sums, assignment, groups.points * groups.clips[:, None])
+    for part in blocks(len(assignment)):
+        np.add.at(sums, assignment[part], groups.points[part] * groups.clips[part, None])
     empty = np.linalg.norm(sums, axis=1) < 1e-12
     return np.where(empty[:, None], fallback, unit_rows(sums)).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 from archipel.manifest import SPLITS, Split
@@ -13,12 +15,12 @@ def deal(clips: np.ndarray, k: int, seed: int, split: Split = "train") -> np.nda
     Sizes differ by at most the largest group. Splits are dealt apart, each with a stream of its own.
     """
     generator = np.random.default_rng([seed, 0x6374, SPLITS.index(split)])
-    sizes = np.zeros(k, np.int64)
     result = np.zeros(len(clips), np.int64)
     # How ties are broken matters in small splits: always the lowest number would favour cluster 0 in each of them.
-    ranks = generator.permutation(k)
-    for group in generator.permutation(len(clips)):
-        cluster = int(np.lexsort((ranks, sizes))[0])
+    smallest = [(0, rank, cluster) for cluster, rank in enumerate(generator.permutation(k).tolist())]
+    heapq.heapify(smallest)
+    for group in generator.permutation(len(clips)).tolist():
+        size, rank, cluster = smallest[0]
         result[group] = cluster
-        sizes[cluster] += clips[group]
+        heapq.heapreplace(smallest, (size + int(clips[group]), rank, cluster))
     return result

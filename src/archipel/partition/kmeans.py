@@ -7,7 +7,8 @@ clips under the constraint that a group stays whole (exactly so where the clips 
 are centred on the training clips and scaled to unit length, so that "nearest" is by cosine, no cluster can draw
 everything towards it by having a short centroid, and a feature with a large common offset does not hide the rest.
 
-All arithmetic is float64 on one thread, so that the result does not depend on the machine's thread count.
+All arithmetic is float64 on one thread, so that the result does not depend on the machine's thread count. What does not fit
+into memory is read by block (``points``); of very many groups a sample is fitted on (``sample``), and all are assigned.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from archipel.errors import ArchipelError
+from archipel.partition.points import HELD, GroupPoints, Table, blocks, project, unit_rows
+
+__all__ = ["Centroids", "Groups", "closest", "distances", "fit", "gather", "project", "repair", "unit_rows"]
 
 _FINE_INITS = 4
 _COARSE_INITS = 20
+SAMPLE = 20_000  # content groups up to which all are fitted on
+_PER_CENTROID = (
+    256  # as faiss's Clustering (max_points_per_centroid): more move a mean by less than its neighbours lie apart
+)
 MINIMUM = 2  # training clips that every cluster must have: an expert needs something to learn from and to compare
 
 
@@ -30,12 +38,12 @@ MINIMUM = 2  # training clips that every cluster must have: an expert needs some
 class Groups:
     """Content groups of some clips, in order of first appearance.
 
-    names: G group names; points: (G, D) float64, mean of the group's unit features, of unit length; clips: (G,) int64,
-    how many clips each has; of_clip: (N,) int64, each clip's group.
+    names: G group names; points: (G, D) float64, mean of the group's unit features, of unit length, held or made by block;
+    clips: (G,) int64, how many clips each has; of_clip: (N,) int64, each clip's group.
     """
 
     names: list[str]
-    points: np.ndarray
+    points: Table
     clips: np.ndarray
     of_clip: np.ndarray
 
@@ -50,28 +58,37 @@ class Centroids:
     fine_cluster: np.ndarray
 
 
-def unit_rows(values: np.ndarray) -> np.ndarray:
-    """Rows (N, D) scaled to unit length in float64; a row of zeros stays zeros."""
-    rows = np.asarray(values, np.float64)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
-
-
-def project(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Raw features (N, D) -> points on the unit sphere around the training mean (D,), float64."""
-    return unit_rows(np.asarray(features, np.float64) - np.asarray(mean, np.float64))
-
-
-def gather(points: np.ndarray, names: Sequence[str]) -> Groups:
-    """Clips' points (N, D) and their group names -> groups."""
+def gather(points: Table, names: Sequence[str], rows: np.ndarray | None = None) -> Groups:
+    """Clips' points (N, D), or the ``rows`` of them, and their group names -> groups."""
     order: dict[str, int] = {}
     of_clip = np.array([order.setdefault(name, len(order)) for name in names], np.int64)
+    clips = np.bincount(of_clip, minlength=len(order)).astype(np.int64)
+    rows = np.arange(len(points)) if rows is None else rows
+    if 8 * len(order) * points.shape[1] > HELD:
+        return Groups(list(order), GroupPoints(points, rows, of_clip, clips), clips, of_clip)
     sums = np.zeros((len(order), points.shape[1]))
-    np.add.at(sums, of_clip, points)
-    return Groups(list(order), unit_rows(sums), np.bincount(of_clip, minlength=len(order)).astype(np.int64), of_clip)
+    for part in blocks(len(rows)):
+        np.add.at(sums, of_clip[part], points[rows[part]])
+    return Groups(list(order), unit_rows(sums), clips, of_clip)
 
 
-def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def distances(points: Table, centroids: np.ndarray) -> np.ndarray:
     """Cosine distances 1 - <point, centroid>, (N, D) x (K, D) -> (N, K) float64 in [0, 2]."""
+    found = np.empty((len(points), len(centroids)))
+    for part in blocks(len(points)):
+        found[part] = _distances(points[part], centroids)
+    return found
+
+
+def closest(points: Table, centroids: np.ndarray) -> np.ndarray:
+    """The nearest centroid (N,) int64 of every point: ``distances(...).argmin(1)``, of which a block is held at a time."""
+    found = np.empty(len(points), np.int64)
+    for part in blocks(len(points)):
+        found[part] = _distances(points[part], centroids).argmin(1)
+    return found
+
+
+def _distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     # einsum without BLAS: a row's distance must not depend on how many rows are asked for at once.
     products = np.einsum("nd,kd->nk", np.asarray(points, np.float64), np.asarray(centroids, np.float64), optimize=False)
     return np.asarray(np.clip(1.0 - products, 0.0, 2.0))
@@ -102,6 +119,15 @@ def fine_count(fine: int, k: int, groups: int) -> int:
     return min(groups, max(k, min(fine, groups // 3)))
 
 
+def sample(groups: int, fine: int, seed: int) -> slice | np.ndarray:
+    """Groups that centroids are fitted on: all of them up to ``SAMPLE`` (or ``_PER_CENTROID`` for each fine centroid, where
+    that is more), beyond that so many, drawn by seed, in order."""
+    most = max(SAMPLE, _PER_CENTROID * fine)
+    if groups <= most:
+        return slice(None)
+    return np.sort(np.random.default_rng([seed, 0x736D]).permutation(groups)[:most])
+
+
 def fit(groups: Groups, mean: np.ndarray, k: int, fine: int, seed: int) -> Centroids:
     """Centroids of training groups. Raises ArchipelError where there are fewer training groups than clusters."""
     if k > len(groups.names):
@@ -110,11 +136,13 @@ def fit(groups: Groups, mean: np.ndarray, k: int, fine: int, seed: int) -> Centr
             f"a group stays whole, so at most {len(groups.names)} works"
         )
     first, second = (int(n) for n in np.random.default_rng([seed, 0x6B6D]).integers(2**31 - 1, size=2))
-    weights = groups.clips.astype(np.float64)
+    count = fine_count(fine, k, len(groups.names))
+    chosen = sample(len(groups.names), count, seed)
+    points, weights = groups.points[chosen], groups.clips[chosen].astype(np.float64)
     with one_thread():
-        centres = _lloyd(groups.points, weights, fine_count(fine, k, len(groups.names)), first, _FINE_INITS)
+        centres = _lloyd(points, weights, count, first, _FINE_INITS)
         centres = centres.astype(np.float32)
-        owner = distances(groups.points, centres).argmin(1)
+        owner = closest(points, centres)
         mass = np.bincount(owner, weights, len(centres))
         # A fine centroid that holds nothing (duplicate points) must not be a point of the coarse problem.
         held = mass > 0

@@ -25,13 +25,19 @@ def sizes(clips: Sequence[Clip], cluster: np.ndarray, k: int) -> dict[str, dict[
     return found
 
 
+def spaced(count: int) -> np.ndarray:
+    """The rows that a silhouette of ``count`` points is computed of: all, or an evenly spaced sample."""
+    if count <= _SILHOUETTE_CLIPS:
+        return np.arange(count)
+    return np.linspace(0, count - 1, _SILHOUETTE_CLIPS).astype(np.int64)
+
+
 def silhouette(points: np.ndarray, cluster: np.ndarray) -> float | None:
     """Mean cosine silhouette in [-1, 1] (Rousseeuw 1987) of points (N, D); None for one cluster or one point each."""
     from sklearn.metrics import silhouette_score
 
-    if len(points) > _SILHOUETTE_CLIPS:
-        chosen = np.linspace(0, len(points) - 1, _SILHOUETTE_CLIPS).astype(np.int64)
-        points, cluster = points[chosen], cluster[chosen]
+    chosen = spaced(len(points))
+    points, cluster = points[chosen], cluster[chosen]
     if not 2 <= len(np.unique(cluster)) < len(points):
         return None
     with one_thread():

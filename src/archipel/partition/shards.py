@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from archipel import store
 from archipel.cache import Entry, open_kind
 from archipel.errors import DamagedError
-from archipel.manifest import Clip, Split, read_manifest, rows_of
+from archipel.manifest import Split, read_manifest, rows_of
 from archipel.partition.assignment import load_assignment
 from archipel.progress import Progress, StopFlag, log_to
 from archipel.run import MONOLITH, TRUNK, Run, begins_with_base
@@ -56,6 +56,7 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
             "gives: run `archipel prepare` again"
         )
     names = [*run.expert_names, MONOLITH]
+    rows = {split: np.array(rows_of(clips, split), np.int64) for split in SHARD_SPLITS}
     source, start = source_of(run, latents, text), _start(run)
     missing = [name for name in names if not _current(run, name, source, start)]
     if not missing:
@@ -64,7 +65,7 @@ def write_shards(run: Run, stop: StopFlag | None = None) -> None:
         for name in missing:
             if stop:
                 raise stop.error("partition")
-            _write_shard(run, name, clips, cluster, latents, text, source, start)
+            _write_shard(run, name, rows, cluster, latents, text, source, start)
             bar.advance()
 
 
@@ -111,7 +112,7 @@ def whole(folder: Path, card: Mapping[str, Any]) -> bool:
 def _write_shard(
     run: Run,
     name: str,
-    clips: Sequence[Clip],
+    rows_by_split: Mapping[Split, np.ndarray],
     cluster: np.ndarray,
     latents: Entry,
     text: Entry,
@@ -129,7 +130,7 @@ def _write_shard(
     }
     phases = [key for key in ("phases", *(f"phases_{still}" for still in stills)) if "phases" in latents.names]
     for split in SHARD_SPLITS:
-        rows = np.array(rows_of(list(clips), split), np.int64)
+        rows = rows_by_split[split]
         if name != MONOLITH:
             rows = rows[cluster[rows] == int(name)]
         counts[split] = len(rows)
@@ -138,7 +139,7 @@ def _write_shard(
         # Further windows of a clip are for training only: validation is one number per clip, whatever they are.
         more = {key: latents[key] for key in phases} if split == "train" else {}
         write_rows(folder / f"{split}.safetensors", tensors | more, rows, {"cluster": cluster[rows], "row": rows})
-    train = cluster[rows_of(list(clips), "train")]
+    train = cluster[rows_by_split["train"]]
     fields: dict[str, Any] = (
         {"prior": (np.bincount(train, minlength=k) / max(len(train), 1)).tolist()} if name == MONOLITH else {}
     )

@@ -20,12 +20,14 @@ _GAP = 6
 
 def closest(clips: Sequence[Clip], cluster: np.ndarray, distance: np.ndarray, which: int, count: int) -> list[int]:
     """Rows of a cluster's training clips by distance to its centroid, one per content group, at most ``count``."""
-    rows = [row for row, clip in enumerate(clips) if clip.split == "train" and cluster[row] == which]
-    rows.sort(key=lambda row: (float(distance[row]), row))
+    rows = np.flatnonzero(np.asarray(cluster) == which)
     chosen: dict[str, int] = {}
-    for row in rows:
-        chosen.setdefault(clips[row].group, row)
-    return list(chosen.values())[:count]
+    for row in rows[np.lexsort((rows, np.asarray(distance)[rows]))].tolist():
+        if clips[row].split == "train":
+            chosen.setdefault(clips[row].group, row)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
 
 
 def draw(frames: np.ndarray, path: Path) -> None:

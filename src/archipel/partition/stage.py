@@ -17,6 +17,7 @@ from archipel.manifest import SPLITS, Clip, read_manifest, rows_of
 from archipel.partition import balance, controls, kmeans, quality
 from archipel.partition.assignment import load_assignment, nearest
 from archipel.partition.kmeans import Centroids, Groups
+from archipel.partition.points import Points, Side, Table, blocks, total
 from archipel.partition.shards import write_shards
 from archipel.partition.sheets import write_sheets
 from archipel.progress import Progress, StopFlag, log_to
@@ -56,15 +57,14 @@ def _cluster(run: Run, stop: StopFlag | None) -> None:
     check_groups(clips)
     kind, names = FEATURES[part.features]
     entry = open_kind(run.cache, kind)
-    parts = [np.asarray(entry[name][:], np.float64) for name in names]
-    features = np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
-    if len(features) != len(clips):
+    parts = [entry[name] for name in names]
+    if len(parts[0]) != len(clips):
         raise DamagedError(
-            f"{entry.folder} has {len(features)} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
+            f"{entry.folder} has {len(parts[0])} rows, {run.manifest} has {len(clips)}: run `archipel prepare` again"
         )
     with Progress("partition: clusters", 3 + quality.RERUNS) as bar:
         scale = unit_scale(parts, np.array(rows_of(clips, "train"), np.int64)) if len(parts) > 1 else None
-        result = Clustering(clips, features, run.config, scale)
+        result = Clustering(clips, Side(parts, scale), run.config)
         bar.advance()
         numbers = _measure(result, stop, bar)
         folder = run.partition
@@ -100,35 +100,35 @@ def check_groups(clips: Sequence[Clip]) -> None:
             )
 
 
-def unit_scale(parts: Sequence[np.ndarray], train: np.ndarray) -> np.ndarray:
+def unit_scale(parts: Sequence[Table], train: np.ndarray) -> np.ndarray:
     """Factors (sum of D,) float32 that give each of several features (N, D), laid side by side, unit total variance over
     the rows ``train``: none of them decides the clusters by being larger or wider. One that does not vary stays as it is."""
     factors = []
     for part in parts:
-        total = float(part[train].var(0).sum()) if len(train) else 0.0
-        factors.append(np.full(part.shape[1], 1 / np.sqrt(total) if total > 0 else 1.0, np.float32))
+        variance = 0.0
+        if len(train):
+            mean = total(part, train) / len(train)
+            variance = float((total(part, train, mean) / len(train)).sum())
+        factors.append(np.full(part.shape[1], 1 / np.sqrt(variance) if variance > 0 else 1.0, np.float32))
     return np.concatenate(factors)
 
 
 class Clustering:
     """A partition in memory: ``cluster`` and ``fine`` (N,) int64, ``distance`` (N,) float64 per clip; its centroids.
 
-    ``scale`` (D,): what raw features (N, D) are multiplied by first, where they are several side by side.
+    Features (N, D) are read by block, and their points held where they are few enough (``points.HELD``).
     """
 
-    def __init__(
-        self, clips: Sequence[Clip], features: np.ndarray, config: RunConfig, scale: np.ndarray | None = None
-    ) -> None:
-        self.clips, self.config, self.scale = clips, config, scale
-        features = features if scale is None else features * scale
+    def __init__(self, clips: Sequence[Clip], features: Side, config: RunConfig) -> None:
+        self.clips, self.config, self.scale = clips, config, features.scale
         self.train = np.array(rows_of(list(clips), "train"), np.int64)
         if not len(self.train):
             raise ArchipelError(
                 "no clip is in the training split: give more clips, or a larger first share in clips.split"
             )
-        mean = features[self.train].mean(0).astype(np.float32)
-        self.points = kmeans.project(features, mean)
-        groups = kmeans.gather(self.points[self.train], [clips[row].group for row in self.train])
+        mean = (total(features, self.train) / len(self.train)).astype(np.float32)
+        self.points = Points(features, mean)
+        groups = kmeans.gather(self.points, [clips[row].group for row in self.train], self.train)
         self.centroids, owner, self.moved = assign_training(groups, mean, config, config.partition_seed)
         self.offset = np.zeros(config.partition.k, np.float32)
         if config.partition.balanced and config.partition.method != "random":
@@ -138,9 +138,11 @@ class Clustering:
         self.cluster[self.train] = owner[groups.of_clip]
         for split in SPLITS[1:]:
             self._place(split)
-        own = self.centroids.coarse[self.cluster].astype(np.float64)
-        self.distance = np.clip(1.0 - (self.points * own).sum(1), 0.0, 2.0)
-        self.fine = kmeans.distances(self.points, self.centroids.fine).argmin(1)
+        self.distance, self.fine = np.empty(len(clips)), np.empty(len(clips), np.int64)
+        for part in blocks(len(clips)):
+            points, own = self.points[part], self.centroids.coarse[self.cluster[part]].astype(np.float64)
+            self.distance[part] = np.clip(1.0 - (points * own).sum(1), 0.0, 2.0)
+            self.fine[part] = kmeans.closest(points, self.centroids.fine)
 
     def _place(self, split: Any) -> None:
         """Groups that no centroid was fitted on: to the nearest (by the offsets, where clusters are balanced), or dealt
@@ -148,7 +150,7 @@ class Clustering:
         rows = np.array(rows_of(list(self.clips), split), np.int64)
         if not len(rows):
             return
-        groups = kmeans.gather(self.points[rows], [self.clips[row].group for row in rows])
+        groups = kmeans.gather(self.points, [self.clips[row].group for row in rows], rows)
         if self.config.partition.method == "random":
             owner = controls.deal(groups.clips, self.config.partition.k, self.config.partition_seed, split)
         else:
@@ -176,9 +178,9 @@ def assign_training(
         owner = controls.deal(groups.clips, part.k, seed)
     elif part.balanced:
         found, owner = balance.refine(groups, found)
-    else:
-        owner = kmeans.distances(groups.points, found.coarse).argmin(1)
     distance = kmeans.distances(groups.points, found.coarse)
+    if part.method != "random" and not part.balanced:
+        owner = distance.argmin(1)
     owner, moved = kmeans.repair(owner, distance, groups.clips)
     if part.method == "random" or moved:
         coarse = balance.means(groups, owner, found.coarse)
@@ -197,7 +199,7 @@ def _measure(result: Clustering, stop: StopFlag | None, bar: Progress) -> dict[s
 
     sizes = quality.sizes(result.clips, result.cluster, part.k)
     share = np.bincount(result.centroids.fine_cluster, minlength=part.k) / len(result.centroids.fine_cluster)
-    counted = sizes["clips"]["train"]
+    counted, shown = sizes["clips"]["train"], train[quality.spaced(len(train))]
     return {
         "method": part.method,
         "features": part.features,
@@ -205,7 +207,7 @@ def _measure(result: Clustering, stop: StopFlag | None, bar: Progress) -> dict[s
         "balanced": part.balanced,
         "sizes": sizes,
         "largest_share": max(counted) / sum(counted),
-        "silhouette": quality.silhouette(result.points[train], result.cluster[train]),
+        "silhouette": quality.silhouette(result.points[shown], result.cluster[shown]),
         "stability": quality.stability(result.cluster[train], again),
         "fine": {"centroids": len(result.centroids.fine), "asked": part.fine, "share": share.tolist()},
         "moved_groups": result.moved,
