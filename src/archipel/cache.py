@@ -102,10 +102,13 @@ class Rows:
         if wanted.size and (wanted.min() < -count or wanted.max() >= count):
             raise IndexError(f"a row among {wanted[:8].tolist()} is outside the {count} rows there are")
         wanted = np.where(wanted < 0, wanted + count, wanted)
+        if not wanted.size:
+            return np.empty((0, *self.row_shape), self.dtype)
         taken = np.empty((len(wanted), *self.row_shape), self.dtype)
         owner = np.searchsorted(self._ends, wanted, side="right")
-        for number in np.unique(owner).tolist():
-            where = np.flatnonzero(owner == number)
+        order = np.argsort(owner, kind="stable")
+        numbers, begins = np.unique(owner[order], return_index=True)
+        for number, where in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
             taken[where] = self._part(number)[wanted[where] - self._starts[number]]
         return taken
 

@@ -7,7 +7,7 @@ arms share, so that ``require_same`` refuses to compare them with arms that were
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,8 +130,8 @@ def _read_run(run: Run) -> Inputs:
     run.need(run.clips, "prepare")
     clips = read_manifest(run.manifest)
     entry = open_kind(run.cache, "features")
-    features = {name: np.asarray(entry[name][:]) for name in EXTRACTORS}
-    text = np.asarray(open_kind(run.cache, "text")["pooled"][:])
+    features = {name: entry[name] for name in EXTRACTORS}
+    text = open_kind(run.cache, "text")["pooled"]
     for name, table in {**features, "text": text}.items():
         if len(table) != len(clips):
             raise DamagedError(
@@ -211,7 +211,7 @@ def _frechet(frame: Frame, arm: str, extractor: str, facts: dict[str, Any]) -> I
         facts["left_out"].append(f"FD-{extractor}: {frame.count} content groups are too few for two halves")
         return
     table = inputs.features[extractor]
-    pca = distances.fit_pca(table[inputs.train], sides.pca_dims(config.evaluate.pca, n))
+    pca = distances.fit_pca(table[sides.fitted_rows(inputs.train)], sides.pca_dims(config.evaluate.pca, n))
     facts["pca"][extractor] = {"dims": pca.dims, "asked": config.evaluate.pca, "explained": pca.explained}
     reference = (table[inputs.reference], frame.reference_group)
     draw = np.random.Generator(np.random.PCG64([config.run.seed, len(inputs.reference), n]))
@@ -238,17 +238,18 @@ def _probe(frame: Frame, arm: str, facts: dict[str, Any], embed: Embed | None) -
     """Text-video probe and retrieval, where every clip has a caption and the probe can tell real clips' captions apart."""
     inputs, config = frame.inputs, frame.inputs.run.config
     bare = sum(not caption for caption in inputs.captions)
-    train_groups = intervals.number_groups(inputs.groups(inputs.train))[0][0]
+    train = sides.fitted_rows(inputs.train)
+    train_groups = intervals.number_groups(inputs.groups(train))[0][0]
     if bare or len(np.unique(train_groups)) < 2:
         why = f"{bare} of {len(inputs.captions)} clips have no caption" if bare else "too few training clips"
         facts["probe"] = {"withheld": True, "reason": why}
         return
     extractors = probe_extractors(inputs.run)
 
-    def joined(features: dict[str, np.ndarray], rows: np.ndarray | None = None) -> np.ndarray:
+    def joined(features: Mapping[str, Any], rows: np.ndarray | None = None) -> np.ndarray:
         return probe.join([features[name] if rows is None else features[name][rows] for name in extractors])
 
-    fitted = probe.fit(joined(inputs.features, inputs.train), inputs.text[inputs.train], train_groups, config.run.seed)
+    fitted = probe.fit(joined(inputs.features, train), inputs.text[train], train_groups, config.run.seed)
     spoken = [inputs.clips[row].caption for row in inputs.reference]
     own, first = _pool(spoken)
     real = probe.retrieve(fitted, joined(inputs.features, inputs.reference), own, inputs.text[inputs.reference[first]])

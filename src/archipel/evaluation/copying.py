@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from archipel.partition.points import Table
+
+WHOLE = 1 << 24  # pairs whose distances are held at once (128 MB)
+_ROWS = 16_384  # rows read at once where b is not held
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -17,12 +23,36 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(np.clip(squares, 0, None)))
 
 
-def nearest(a: np.ndarray, b: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-    """Distance of every row of a (n, D) to its nearest row of b (m, D): (n,); ``hidden`` (n, m) bool are passed over."""
-    table = distances(a, b)
-    if hidden is not None:
-        table = np.where(hidden, np.inf, table)
-    return np.asarray(table.min(1))
+class Chosen:
+    """Rows (M,) of a table (N, D) that is not held in memory, for ``nearest``."""
+
+    def __init__(self, table: Table, rows: np.ndarray) -> None:
+        self._table, self._rows, self.shape = table, rows, (len(rows), table.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self._table[self._rows[rows]]
+
+
+def nearest(a: np.ndarray, b: Table, hidden: np.ndarray | None = None) -> np.ndarray:
+    """Distance of every row of a (n, D) to its nearest row of b (m, D): (n,); ``hidden`` (n, m) bool are passed over.
+
+    Beyond ``WHOLE`` pairs b is read and compared by block, so that memory does not grow with it.
+    """
+    if isinstance(b, np.ndarray) and len(a) * len(b) <= WHOLE:
+        return np.asarray(_shown(distances(a, b), hidden).min(1))
+    found, step = np.full(len(a), np.inf), max(1, min(_ROWS, WHOLE // max(len(a), 1)))
+    for begin in range(0, len(b), step):
+        part = slice(begin, begin + step)
+        table = _shown(distances(a, b[part]), None if hidden is None else hidden[:, part])
+        np.minimum(found, table.min(1), out=found)
+    return found
+
+
+def _shown(table: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
+    return table if hidden is None else np.where(hidden, np.inf, table)
 
 
 def nearer_than(values: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -37,10 +67,17 @@ def nearer_than(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.asarray(1 - (below + upto) / 2 / len(order))
 
 
-def train_over_test(a: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+def train_over_test(
+    a: np.ndarray,
+    train: Table,
+    test: np.ndarray,
+    hidden: np.ndarray | None = None,
+    to_train: np.ndarray | None = None,
+) -> np.ndarray:
     """Distance to the nearest training clip over distance to the nearest test clip: (n,), 1 where there is no test clip.
 
-    a (n, D), train (m, D), test (k, D); ``hidden`` (n, k) bool are passed over. Held against the same ratio of unseen
+    a (n, D), train (m, D), test (k, D); ``hidden`` (n, k) bool are passed over; to_train: ``nearest(a, train)`` where the caller
+    has it. Held against the same ratio of unseen
     real clips (``nearer_than``) it separates copying from blur: a mean-like clip is near to everything, hence nearer to
     training clips than real clips are, but nearer to test clips as well. The idea is that of the three-sample test of
     Meehan et al. 2020 (generated, training, test). Test clips beyond the number of training clips are left out, evenly:
@@ -50,7 +87,8 @@ def train_over_test(a: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: 
     if len(test) > len(train):
         kept = np.linspace(0, len(test) - 1, len(train)).round().astype(np.int64)
         test, hidden = test[kept], None if hidden is None else hidden[:, kept]
-    to_train, to_test = nearest(a, train), nearest(a, test, hidden)
+    to_train = nearest(a, train) if to_train is None else to_train
+    to_test = nearest(a, test, hidden)
     return np.where(np.isfinite(to_test), to_train / np.maximum(to_test, 1e-12), 1.0)
 
 

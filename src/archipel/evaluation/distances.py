@@ -17,6 +17,7 @@ DIVISOR = "n-1"  # the divisor of covariances, named in the protocol of a score
 DIVISORS = {"n-1": 1, "n": 0}  # "n" is for comparisons with programs that divide by it (cd-fvd, StyleGAN-V)
 
 _COLUMNS = 128
+WHOLE = 2048  # clips up to which kernels are summed over groups by products of matrices
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------
@@ -295,10 +296,10 @@ class GroupKernel:
 
         ``other``: bb and n_b where the caller has them from another arm held against the same b.
         """
-        one = (np.asarray(group_a)[None, :] == np.arange(groups)[:, None]).astype(np.float64)
-        two = (np.asarray(group_b)[None, :] == np.arange(groups)[:, None]).astype(np.float64)
-        bb, n_b = other if other is not None else (two @ polynomial_kernel(b, b) @ two.T, two.sum(1))
-        return cls(one @ polynomial_kernel(a, a) @ one.T, bb, one @ polynomial_kernel(a, b) @ two.T, one.sum(1), n_b)
+        n_a, n_b = (np.bincount(group, minlength=groups).astype(np.float64) for group in (group_a, group_b))
+        bb = other[0] if other is not None else _group_sums(polynomial_kernel(b, b), group_b, group_b, groups)
+        aa = _group_sums(polynomial_kernel(a, a), group_a, group_a, groups)
+        return cls(aa, bb, _group_sums(polynomial_kernel(a, b), group_a, group_b, groups), n_a, n_b)
 
     def estimate(self) -> np.ndarray:
         """KID (row 0) and KID without each group (row 1 + g): (1 + G,); nan where no pair of different groups is left."""
@@ -317,6 +318,21 @@ class GroupKernel:
         cross = np.ix_(first, second)
         ab = self.ab[cross].sum() / max(float(np.outer(self.n_a[first], self.n_b[second]).sum()), 1e-300)
         return float(aa + bb - 2 * ab)
+
+
+def _group_sums(kernel: np.ndarray, rows: np.ndarray, columns: np.ndarray, groups: int) -> np.ndarray:
+    """Sums (G, G) of a kernel (n, m) over rows of group g and columns of group h."""
+    if max(*kernel.shape, groups) <= WHOLE:
+        one, two = (
+            (np.asarray(of)[None, :] == np.arange(groups)[:, None]).astype(np.float64) for of in (rows, columns)
+        )
+        return np.asarray(one @ kernel @ two.T)
+    # The products grow with the cube of the clips; here every number is added once.
+    found = np.zeros((groups, groups))
+    held = np.zeros((groups, kernel.shape[1]))
+    np.add.at(held, rows, kernel)
+    np.add.at(found.T, columns, held.T)
+    return found
 
 
 def _pair_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from archipel.config import FEATURE_NETWORK, Evaluate
 from archipel.errors import ArchipelError, DamagedError
 from archipel.evaluation import probe
 from archipel.manifest import Clip, Split, read_manifest, rows_of
+from archipel.partition.points import Table
 from archipel.progress import Progress, StopFlag
 from archipel.run import Run
 
@@ -26,6 +28,7 @@ LAYER = {
     TRANSNET: "last hidden layer, mean over frames",
 }
 CODEC, REAL, STATIC, REVERSED = "codec", "real", "static", "reversed"
+REFERENCE = 4000
 _CHUNK = 16  # clips between looks at the stop flag
 
 Extract = Callable[[Sequence[str], np.ndarray, Evaluate], Mapping[str, Any]]
@@ -46,7 +49,7 @@ class Inputs:
 
     arms: codec, real, then strategies; rows, captions, groups: one per generated clip (N); cluster: of the captions;
     reference: real clips of the split to compare with (M rows, see ``reference_rows``); train: real training clips;
-    text: caption embeddings of all clips; changed: features of static and reversed real clips.
+    features, text: of all clips, read when rows are asked for; changed: features of static and reversed real clips.
     """
 
     run: Run
@@ -59,8 +62,8 @@ class Inputs:
     identity: str
     reference: np.ndarray
     train: np.ndarray
-    features: dict[str, np.ndarray]
-    text: np.ndarray
+    features: Mapping[str, Table]
+    text: Table
     changed: dict[str, dict[str, np.ndarray]]
     missing: list[str]
 
@@ -106,8 +109,8 @@ def read_inputs(run: Run, stop: StopFlag | None = None, extract: Extract = defau
     clips = read_manifest(run.manifest)
     rows, captions, digest = _read_prompts(run, clips)
     entry = open_kind(run.cache, "features")
-    cached = {name: np.asarray(entry[name][:]) for name in EXTRACTORS}
-    text = np.asarray(open_kind(run.cache, "text")["pooled"][:])
+    cached = {name: entry[name] for name in EXTRACTORS}
+    text = open_kind(run.cache, "text")["pooled"]
     for name, table in {**cached, "text": text}.items():
         if len(table) != len(clips):
             raise DamagedError(
@@ -153,16 +156,19 @@ def reference_rows(clips: Sequence[Clip], split: str, rows: np.ndarray, seed: in
     """Rows of the real clips that arms are held against: those whose captions were used, and one of every other group.
 
     Not simply the whole split: captions are taken group by group, and a group of many variants would weigh more in the
-    reference than among the generated clips, which a distance would count as a difference.
+    reference than among the generated clips, which a distance would count as a difference. Of more than ``REFERENCE`` other
+    groups so many are drawn: work grows with the square of the reference, and its share of an interval's width vanishes.
     """
     used = np.unique(rows)
     seen = {clips[row].group for row in used}
-    others: dict[str, list[int]] = {}
+    others: dict[str, list[int]] = {}  # by content group
     for row, clip in enumerate(clips):
         if clip.split == split and clip.group not in seen:
             others.setdefault(clip.group, []).append(row)
     draw = np.random.Generator(np.random.PCG64([seed, len(clips)]))
     more = [members[int(draw.integers(len(members)))] for _, members in sorted(others.items())]
+    if len(more) > REFERENCE:
+        more = np.array(more)[np.sort(draw.permutation(len(more))[:REFERENCE])].tolist()
     return np.sort(np.concatenate([used, np.array(more, np.int64)])).astype(np.int64)
 
 
@@ -190,6 +196,11 @@ def _read_clips(run: Run, name: str, count: int) -> np.ndarray:
     return found
 
 
+def _digest(clips: np.ndarray) -> str:
+    """sha256 of the clips' bytes; of mapped ones no copy is made."""
+    return hashlib.sha256(np.ascontiguousarray(clips).data).hexdigest()
+
+
 def _features(
     run: Run, work: Sequence[tuple[str, np.ndarray, tuple[str, ...]]], stop: StopFlag | None, extract: Extract
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -199,7 +210,7 @@ def _features(
     made: dict[str, dict[str, np.ndarray]] = {}
     with Progress("evaluate: features", sum(len(clips) for _, clips, _ in work)) as bar:
         for name, clips, names in work:
-            key = store.sha256_json({**identity, "names": names, "clips": store.sha256_bytes(clips.tobytes())})[:16]
+            key = store.sha256_json({**identity, "names": names, "clips": _digest(clips)})[:16]
             path = folder / f"{name}-{key}.safetensors"
             if not path.exists():
                 parts: list[Mapping[str, Any]] = []

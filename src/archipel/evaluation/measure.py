@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from archipel.evaluation import distances, intervals, probe, sides
+from archipel.evaluation import copying, distances, intervals, probe, sides
 from archipel.evaluation.inputs import LAYER, NETWORK, REAL, REVERSED, STATIC, Inputs, features_identity
 from archipel.evaluation.intervals import Interval
 from archipel.evaluation.motion import motion
@@ -100,7 +100,7 @@ def frechet_scores(frame: Frame, extractor: str, facts: dict[str, Any]) -> Itera
         facts["left_out"].append(f"FD-{extractor}: {frame.count} content groups are too few for two halves")
         return
     table = inputs.features[extractor]
-    pca = distances.fit_pca(table[inputs.train], sides.pca_dims(asked, len(passed)))
+    pca = distances.fit_pca(table[sides.fitted_rows(inputs.train)], sides.pca_dims(asked, len(passed)))
     facts["pca"][extractor] = {"dims": pca.dims, "asked": asked, "explained": pca.explained}
     real = inputs.arms[REAL].features[extractor]
     side = FrechetSide(
@@ -165,7 +165,9 @@ def copying_scores(frame: Frame, extractor: str) -> Iterator[Score]:
     inputs = frame.inputs
     table = inputs.features[extractor]
     reference = table[inputs.reference]
-    side = CopyingSide(reference, frame.reference_group, inputs.split, table[inputs.train])
+    whole = len(reference) * len(inputs.train) <= copying.WHOLE
+    train = table[inputs.train] if whole else copying.Chosen(table, inputs.train)
+    side = CopyingSide(reference, frame.reference_group, inputs.split, train)
     for name, arm in inputs.arms.items():
         for metric, term in side.terms(arm.features[extractor], frame.group).items():
             value = (intervals.share_interval if term.share else intervals.mean_interval)(term.values, term.group)
@@ -230,16 +232,17 @@ def cluster_scores(frame: Frame, facts: dict[str, Any]) -> Iterator[Score]:
 def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any]) -> Iterator[Score]:
     """Text-video probe and retrieval of every arm; nothing but the table of facts where the probe is withheld."""
     inputs = frame.inputs
-    train_groups = intervals.number_groups(inputs.groups(inputs.train))[0][0]
+    train = sides.fitted_rows(inputs.train)
+    train_groups = intervals.number_groups(inputs.groups(train))[0][0]
     if len(np.unique(train_groups)) < 2:
         facts["probe"] = {"withheld": True, "reason": "fewer than two content groups to train on", "table": []}
         return
-    x = probe.join([inputs.features[name][inputs.train] for name in extractors])
-    texts = list(dict.fromkeys(inputs.captions))
-    own = np.array([texts.index(caption) for caption in inputs.captions], np.int64)
-    first = np.array([inputs.captions.index(caption) for caption in texts], np.int64)
+    x = probe.join([inputs.features[name][train] for name in extractors])
+    place: dict[str, int] = {}
+    own = np.array([place.setdefault(caption, len(place)) for caption in inputs.captions], np.int64)
+    first = np.unique(own, return_index=True)[1]
     pool = inputs.text[inputs.rows[first]]
-    side = ProbeSide(x, inputs.text[inputs.train], train_groups, own, pool, inputs.run.config.run.seed)
+    side = ProbeSide(x, inputs.text[train], train_groups, own, pool, inputs.run.config.run.seed)
 
     def find(features: dict[str, np.ndarray], pick: np.ndarray) -> probe.Retrieval:
         return side.retrieve(probe.join([features[name] for name in extractors]), pick)
@@ -265,7 +268,7 @@ def probe_scores(frame: Frame, extractors: tuple[str, ...], facts: dict[str, Any
     if reason:
         return
     protocol = frame.protocol(
-        f"ridge probe to caption embeddings, {len(pool)} captions", "+".join(extractors), reference=len(inputs.train)
+        f"ridge probe to caption embeddings, {len(pool)} captions", "+".join(extractors), reference=len(train)
     )
     for name, (found, _) in results.items():
         terms = {"text-video-probe": found.similarity, "retrieval@1": found.top1, "retrieval@5": found.top5}

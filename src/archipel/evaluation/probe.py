@@ -16,6 +16,7 @@ from archipel.errors import ArchipelError
 
 PENALTIES = tuple(10.0**power for power in range(-6, 4))
 FOLDS = 5
+DUAL = 4096
 TIMES_CHANCE = 3.0
 
 
@@ -54,7 +55,12 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _solve(x: np.ndarray, y: np.ndarray, penalties: Sequence[float]) -> list[np.ndarray]:
-    """Ridge weights (D, P) for every penalty (times the number of clips), by one eigen-decomposition of x x^T."""
+    """Ridge weights (D, P) for every penalty (times the number of clips), by one eigen-decomposition of x x^T, or of
+    x^T x, which gives the same weights to rounding, where there are more than ``DUAL`` clips and more clips than features."""
+    if len(x) > max(DUAL, x.shape[1]):
+        values, vectors = np.linalg.eigh(x.T @ x)
+        projected = vectors.T @ (x.T @ y)
+        return [vectors @ (projected / (np.clip(values, 0, None) + p * len(x))[:, None]) for p in penalties]
     values, vectors = np.linalg.eigh(x @ x.T)
     projected = vectors.T @ y
     return [x.T @ (vectors @ (projected / (np.clip(values, 0, None) + p * len(x))[:, None])) for p in penalties]

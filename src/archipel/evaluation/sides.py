@@ -14,6 +14,7 @@ import numpy as np
 from archipel.evaluation import copying, distances, intervals, probe
 from archipel.evaluation.distances import GroupKernel, HalfPlan, HalfReference, Projection, UnitMoments
 from archipel.evaluation.intervals import Interval
+from archipel.partition.points import Table
 
 HALVINGS = 8
 UNITS = 24  # groups are packed into at most so many units for the Frechet jackknife
@@ -21,7 +22,15 @@ FLOOR_HALVINGS = 200
 WHOLE_HALVINGS = 2  # in all dimensions every half costs a decomposition of its own
 NEIGHBOURS = 5
 CLIPS_PER_DIMENSION = 3
+FITTED = 20_000  # real training clips that PCA and probe are fitted on
 SHARES = ("share-nearer-train", "train-over-test", "precision", "recall", "coverage")
+
+
+def fitted_rows(train: np.ndarray) -> np.ndarray:
+    """What PCA and probe are fitted on: all training clips, beyond ``FITTED`` so many of them, evenly spaced."""
+    if len(train) <= FITTED:
+        return train
+    return np.asarray(train[np.linspace(0, len(train) - 1, FITTED).astype(np.int64)])
 
 
 def pca_dims(asked: int, clips: int) -> int:
@@ -172,17 +181,17 @@ class CopyingSide:
     """What generated clips are held against to tell copying: the reference and training clips, for one extractor."""
 
     def __init__(
-        self, reference: np.ndarray, group: np.ndarray, split: str, train: np.ndarray | None, *, k: int = NEIGHBOURS
+        self, reference: np.ndarray, group: np.ndarray, split: str, train: Table | None, *, k: int = NEIGHBOURS
     ) -> None:
         """reference (M, D) of content groups (M,); train (T, D), or None where the reference are training clips
         themselves: then nothing can be said about copying, and those terms are left out."""
         self.reference, self.group, self.split = np.asarray(reference, np.float64), group, split
-        self.train = None if train is None else np.asarray(train, np.float64)
+        self.train = np.asarray(train, np.float64) if isinstance(train, np.ndarray) else train
         self.k = copying.neighbours(len(reference), k)
         if self.train is not None:
             own = group[:, None] == group[None]
             self._distance = copying.nearest(self.reference, self.train)
-            self._ratio = copying.train_over_test(self.reference, self.train, self.reference, own)
+            self._ratio = copying.train_over_test(self.reference, self.train, self.reference, own, self._distance)
 
     def terms(self, features: np.ndarray, group: np.ndarray) -> dict[str, Term]:
         """All measures of an arm's clips (n, D) of content groups (n,), by name."""
@@ -197,7 +206,9 @@ class CopyingSide:
                 "probability to be nearer to training clips than a real clip of the split",
             )
             found["train-over-test"] = (
-                copying.nearer_than(copying.train_over_test(features, self.train, self.reference, same), self._ratio),
+                copying.nearer_than(
+                    copying.train_over_test(features, self.train, self.reference, same, to_train), self._ratio
+                ),
                 group,
                 "probability that nearest training over nearest real distance is below that of a real clip of the split",
             )
