@@ -112,7 +112,7 @@ def studio(**given: Any) -> None:
     serve(**given, pages=True)
 
 
-_signature = inspect.signature(serve)
+_signature = inspect.signature(serve, eval_str=True)
 studio.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=[one for name, one in _signature.parameters.items() if name != "pages"]
 )
