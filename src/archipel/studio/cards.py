@@ -12,22 +12,22 @@ from archipel.studio.desk import Shot
 
 _WIDTH, _HEIGHT = 480.0, 72.0  # of the drawing of the weights
 NAMES = {
-    "full": "Full: all experts, weighted by the router",
-    "threshold": "Threshold: the experts the router finds likely enough",
-    "ancestral": "Ancestral: one expert, drawn by the router before the first step",
-    "monolith": "Monolith: one network trained on everything",
-    "uniform": "Uniform: all experts, equal shares",
-    "random": "Random: one expert per clip, drawn blindly",
+    "full": "Full: all experts, weighted",
+    "threshold": "Threshold: all likely experts",
+    "ancestral": "Ancestral: one expert, drawn once",
+    "monolith": "Monolith: one big network",
+    "uniform": "Uniform: equal shares",
+    "random": "Random: one expert, drawn blindly",
 }
 
 
 def title(strategy: str, long: bool = False) -> str:
     """A strategy for people: ``top2`` -> Top-2, ``expert-0`` -> Expert 0."""
     if strategy.startswith("expert-"):
-        return f"Expert {strategy[7:]}{': alone, without the router' if long else ''}"
+        return f"Expert {strategy[7:]}{', alone' if long else ''}"
     if strategy.startswith("top"):
         count = strategy[3:]
-        which = "the expert the router finds likeliest" if count == "1" else f"the {count} likeliest experts, weighted"
+        which = "the likeliest expert" if count == "1" else f"the {count} likeliest experts"
         return f"Top-{count}{f': {which}' if long else ''}"
     name = NAMES.get(strategy, strategy.capitalize())
     return name if long else name.partition(":")[0]
@@ -103,7 +103,7 @@ def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
     means = [sum(row[number] for row in rows) / len(rows) for number in range(k)]
     label = "; ".join(f"expert {number}: {mean:.0%} on average" for number, mean in enumerate(means) if mean >= 0.005)
     legend = "".join(
-        f'<li class="{tone(number)}"><i class="key"></i><span>Expert {number} <b>{mean:.0%}</b></span></li>'
+        f'<li><i class="key {tone(number)}"></i><span>Expert {number} <b>{mean:.0%}</b></span></li>'
         for number, mean in enumerate(means)
         if mean >= 0.005
     )

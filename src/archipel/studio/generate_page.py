@@ -27,6 +27,9 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
             prompt = form.prompt()
             _examples(context, prompt)
             image = pictures.build(context) if context.service.offer.takes_image else None
+            with gr.Row(elem_classes="go-row"):
+                go = gr.Button("Generate", variant="primary", elem_id="generate-go")
+                stop = gr.Button("Cancel", visible=False, elem_id="generate-cancel")
             strategy = gr.Dropdown(
                 form.strategies(context), value=context.config.sample.strategy, label="Who makes it", filterable=False
             )
@@ -34,9 +37,6 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
             fields["size"] = gr.Dropdown(
                 list(context.service.offer.sizes), value=context.service.offer.size, label="Size", filterable=False
             )
-            with gr.Row(elem_classes="go-row"):
-                go = gr.Button("Generate", variant="primary", elem_id="generate-go")
-                stop = gr.Button("Cancel", visible=False, elem_id="generate-cancel")
         with gr.Column(scale=6, elem_classes="showing", min_width=300):
             stage = markup(cards.empty(EMPTY), elem_id="stage")
     group = gr.State(None)

@@ -44,5 +44,5 @@ def _head(context: StudioContext) -> str:
     facts = f"{k} experts · {clips.frames} frames of {side}×{side} · {context.service.offer.seconds} s"
     return (
         f'<header class="top"><span class="mark">{_MARK}<h1>Archipel <b>studio</b></h1></span>'
-        f'<span class="quiet facts"><code>{escape(context.service.offer.model)}</code> {facts}</span></header>'
+        f'<span class="quiet facts"><span class="model">{escape(context.service.offer.model)}</span> {facts}</span></header>'
     )
