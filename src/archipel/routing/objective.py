@@ -44,7 +44,8 @@ def tasks(config: RunConfig) -> tuple[float, ...] | None:
 
 
 class RouterObjective:
-    """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Labels must lie in [0, experts).
+    """Cross-entropy on ``shards/all``; text is dropped as often as the experts'. Raises DamagedError for labels outside
+    [0, experts).
 
     Times are uniform (DDM, section 3), not the experts' law: a sampler asks the router at t = 1 first, where that law
     has next to no clips, and top-1 stays with what it hears there. ``tasks``: as in training.objective, for a router that
@@ -63,6 +64,11 @@ class RouterObjective:
         tasks: Sequence[float] | None = None,
         device: str = "cpu",
     ) -> None:
+        clusters = (
+            shard.train.clusters
+        )  # all of them, once: a look at each batch would make the host wait for the device
+        if len(clusters) and not 0 <= clusters.min() <= clusters.max() < experts:
+            raise DamagedError(f"{shard.train.path} names clusters outside 0 to {experts - 1}: partition again")
         self.model, self.shard, self.experts = model.to(device), shard, experts
         self._seed, self.size, self._device = seed, batch, device
         self._dropout, self._tasks = text_dropout, tasks
@@ -83,10 +89,6 @@ class RouterObjective:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy per clip in nats, (B,)."""
-        if int(batch.cluster.min()) < 0 or int(batch.cluster.max()) >= self.experts:
-            raise DamagedError(
-                f"{self.shard.train.path} names clusters outside 0 to {self.experts - 1}: partition again"
-            )
         return F.cross_entropy(self.model(batch.x_t, batch.t, batch.cond).float(), batch.cluster, reduction="none")
 
     @torch.no_grad()

@@ -93,16 +93,21 @@ class Clips:
         return [int(item) for item in self._arrays["row"][rows]]
 
     @property
+    def clusters(self) -> np.ndarray:
+        """The cluster of every row, int64 (N,)."""
+        return self._arrays["cluster"]
+
+    @property
     def phases(self) -> int:
         """Windows per clip, P: 1 and the further ones of ``phases`` (N, P - 1, C, T, H, W)."""
         found = self._arrays.get("phases")
         return 1 if found is None or found.ndim < 2 else 1 + found.shape[1]
 
     def windows(self, rows: np.ndarray, phase: np.ndarray) -> Tensor:
-        """Latents (B, C, T, H, W) of the rows at windows ``phase`` (B,) in [0, P)."""
-        latents = np.array(self._arrays["latents"][rows])
-        for place in np.flatnonzero(phase):
-            latents[place] = self._arrays["phases"][rows[place], phase[place] - 1]
+        """Latents (B, C, T, H, W) of the rows at windows ``phase`` (B,) in [0, P); nothing else is read."""
+        latents = np.empty((len(rows), *self.latent_shape), np.float32)
+        for place, (row, number) in enumerate(zip(rows, phase, strict=True)):
+            latents[place] = self._arrays["phases"][row, number - 1] if number else self._arrays["latents"][row]
         return torch.from_numpy(latents)
 
     @property
@@ -130,9 +135,18 @@ class Clips:
 
     def take(self, rows: np.ndarray, device: str = "cpu") -> tuple[Tensor, Conditioning, Tensor]:
         """Latents (B, C, T, H, W), conditioning and cluster (B,) of the rows, as fresh tensors."""
-        got = {name: torch.from_numpy(self._arrays[name][rows]) for name in (*_SHAPES, "cluster")}
-        cond = Conditioning(got["tokens"], got["mask"], got["pooled"])
-        return got["latents"].to(device), cond.to(device), got["cluster"].to(device)
+        return put(torch.from_numpy(self._arrays["latents"][rows]), device), *self.captions(rows, device)
+
+    def captions(self, rows: np.ndarray, device: str = "cpu") -> tuple[Conditioning, Tensor]:
+        """Conditioning and cluster (B,) of the rows, as fresh tensors."""
+        names = ("tokens", "mask", "pooled", "cluster")
+        tokens, mask, pooled, cluster = (put(torch.from_numpy(self._arrays[name][rows]), device) for name in names)
+        return Conditioning(tokens, mask, pooled), cluster
+
+
+def put(tensor: Tensor, device: str) -> Tensor:
+    """A fresh tensor of the host on ``device``; a GPU fetches it from pinned memory by itself, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -196,14 +210,13 @@ def training_batch(
     items = numbered(clips.items(rows))
     if part is not None:
         rows, items = rows[part], items[part]
-    x0, cond, cluster = clips.take(rows, device)
     phase = np.zeros(len(rows), np.int64)
     if clips.phases > 1:
         phase = (draws.uniforms(seed, items, step=step, purpose=draws.PHASE) * clips.phases).astype(np.int64)
-        x0 = clips.windows(rows, phase).to(device)
+    x0, (cond, cluster) = put(clips.windows(rows, phase), device), clips.captions(rows, device)
     if tasks is not None:
         drawn_tasks = given.pick(tasks, draws.uniforms(seed, items, step=step, purpose=draws.TASK))
-        cond = cond.given(clips.given(rows, phase, drawn_tasks).to(device))
+        cond = cond.given(put(clips.given(rows, phase, drawn_tasks), device))
     # One stream per item, in a fixed order: time, dropout, noise. Making a stream costs about as much as filling it.
     normals, uniforms = np.empty(len(rows)), np.empty(len(rows))
     eps = np.empty((len(rows), *clips.latent_shape), np.float32)
@@ -213,12 +226,12 @@ def training_batch(
         stream.standard_normal(out=eps[place], dtype=np.float32)
     drawn = torch.from_numpy(normals)
     t = torch.special.ndtr(drawn) if shift is None else shift_time(logit_normal(drawn), shift)
-    t = t.float().to(device)
-    noise = torch.from_numpy(eps).to(device)
-    dropped = torch.from_numpy(uniforms < text_dropout).to(device)
+    t = put(t.float(), device)
+    noise = put(torch.from_numpy(eps), device)
+    dropped = put(torch.from_numpy(uniforms < text_dropout), device)
     if pooled_dropout >= 0:
         apart = draws.uniforms(seed, items, step=step, purpose=draws.POOLED) < pooled_dropout
-        cond = cond.drop(dropped, torch.from_numpy(apart).to(device))
+        cond = cond.drop(dropped, put(torch.from_numpy(apart), device))
     elif text_dropout:
         cond = cond.drop(dropped)
     return Batch(x0, noise, t, cond, cluster, interpolate(x0, noise, t))

@@ -21,6 +21,7 @@ from archipel.backbones.base import Backbone
 from archipel.errors import ArchipelError, Stopped
 from archipel.progress import Progress, StopFlag
 from archipel.training import checkpoint, eight_bit, schedule, switches
+from archipel.training.ahead import Ahead
 from archipel.training.batches import shares
 from archipel.training.checkpoint import Checkpoint
 from archipel.training.ema import decay
@@ -128,8 +129,12 @@ class Trainer:
             if ranks.size == 1:  # FSDP2 has half of it in each process, and gathers in bfloat16
                 lora.halve(objective.model)
         switches.apply(objective.model, local)
-        device = next(objective.model.parameters()).device.type
+        place = next(objective.model.parameters()).device
+        device = place.type
         self._cast = autocast(local.precision, device)
+        self._batch: Callable[[int], Any] = objective.batch
+        if device == "cuda" and self._parts is None:
+            self._batch = Ahead(objective.batch, settings.steps, str(place))
         self.named = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
         # Biases and norms are not decayed: pulling them to zero only moves the function.
@@ -157,7 +162,7 @@ class Trainer:
         return loss.detach(), norm.detach()
 
     def _whole(self) -> Tensor:
-        batch = self.objective.batch(self.step)
+        batch = self._batch(self.step)
         with self._cast():
             loss = self.objective.loss(batch).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -254,6 +259,8 @@ class Trainer:
         for name, p in self.named:
             self.ranks.mine(p).copy_(final[name])
         self.objective.model.eval()
+        if isinstance(self._batch, Ahead):
+            self._batch.close()
 
 
 def fit(
