@@ -1,4 +1,4 @@
-"""Random training batches from a memory-mapped shard (ours) against WebDataset tars and Hugging Face datasets (arrow).
+"""Random training batches from a memory-mapped shard (ours) against WebDataset tars, litdata chunks and Hugging Face datasets.
 
     python -m bench.cache_reading [--small] [--out FILE]
 
@@ -9,7 +9,8 @@ are from the second epoch of any training on clips of this size.
 WebDataset is used in its usual way: tars of .npy members, shuffled by shard and in a buffer of 1,000 clips, decoded,
 batched. Its order is a shuffle of a stream, and so depends on all that was read before; ours is a function of the step.
 It is made for reading far more than fits a disk, in sequence and from afar, which a memory map cannot do; its time here
-goes into taking tars and headers of small members apart.
+goes into taking tars and headers of small members apart. litdata is used in its usual way too: chunks of 64 MB, a shuffled
+StreamingDataset, a StreamingDataLoader in this process. Peers that are not installed are left out, and named.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import webdataset
 from torch import Tensor
 
 from archipel import config, presets, store
@@ -33,7 +32,7 @@ from bench import common
 
 NAMES = ("latents", "tokens", "mask", "pooled", "cluster", "row")
 WHAT = "an epoch of random training batches: latents and text"
-PACKAGES = ("torch", "webdataset", "datasets", "pyarrow")
+PACKAGES = ("torch", "webdataset", "litdata", "datasets", "pyarrow")
 Batch = tuple[Tensor, ...]  # in the order of NAMES
 
 
@@ -56,6 +55,8 @@ class Tars:
     """WebDataset over tars of .npy members."""
 
     def __init__(self, folder: Path, arrays: dict[str, np.ndarray], batch: int, per_tar: int = 256) -> None:
+        import webdataset
+
         with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=per_tar, verbose=0) as writer:
             for row in range(len(arrays["row"])):
                 writer.write({"__key__": f"{row:06d}", **{f"{name}.npy": arrays[name][row] for name in NAMES}})
@@ -73,10 +74,33 @@ class Tars:
             yield tuple(torch.from_numpy(part) for part in parts)
 
 
+class Chunks:
+    """litdata: chunks that it writes and streams from a folder, in its own shuffled order."""
+
+    def __init__(self, folder: Path, arrays: dict[str, np.ndarray], batch: int) -> None:
+        import litdata
+        from litdata.streaming.writer import BinaryWriter
+
+        (folder / "chunks").mkdir()
+        writer = BinaryWriter(str(folder / "chunks"), chunk_bytes="64MB")
+        for row in range(len(arrays["row"])):
+            writer[row] = {name: torch.from_numpy(np.asarray(arrays[name][row])) for name in NAMES}
+        writer.done()
+        writer.merge()
+        self.rows = litdata.StreamingDataset(str(folder / "chunks"), shuffle=True, seed=0)
+        self.loader = litdata.StreamingDataLoader(self.rows, batch_size=batch, num_workers=0)
+
+    def epoch(self) -> Iterator[Batch]:
+        for got in self.loader:
+            yield tuple(got[name] for name in NAMES)
+
+
 class Arrow:
     """Hugging Face datasets: arrow files, memory-mapped, rows by number in the order that ours takes."""
 
     def __init__(self, folder: Path, arrays: dict[str, np.ndarray], batch: int) -> None:
+        import datasets
+
         kinds: dict[str, Any] = {}
         for name in NAMES:
             shape, dtype = arrays[name].shape[1:], str(arrays[name].dtype)
@@ -111,8 +135,9 @@ def run(small: bool = False) -> dict[str, Any]:
     settings = config.build(presets.values("demo"))
     batch, clips, rounds = settings.expert.batch, (64, 1024)[not small], (3, 15)[not small]
     arrays = common.clip_arrays(settings, clips)
-    peers = {"webdataset": Tars, "datasets (arrow, numpy format)": Arrow}
+    known = {"webdataset": Tars, "litdata": Chunks, "datasets (arrow, numpy format)": Arrow}
     with tempfile.TemporaryDirectory() as name, common.Benchmark("cache_reading", WHAT, PACKAGES) as b:
+        peers = {key: kind for key, kind in known.items() if b.has(key.partition(" ")[0])}
         contenders: dict[str, Any] = {}
         for number, (key, kind) in enumerate({"archipel": Mapped, **peers}.items()):
             folder = Path(name) / str(number)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from archipel import config
 from archipel.backbones import flops
 
 BUSY = 1.5  # load beyond ours above which wall-clock times are not believed
+BUSY_CORES = 0.3  # the same for cores that other processes kept busy meanwhile, where the system says
 _BEGAN = time.monotonic()
 
 
@@ -90,6 +91,26 @@ def versus(case: str, against: str, ours: Seconds, theirs: Seconds, aim: float |
     }
 
 
+def within(case: str, limit: float, taken: Seconds) -> dict[str, Any]:
+    """One line of the table: seconds against a goal that is a number of seconds; the aim is a ratio of 1 at most."""
+    goal = Seconds([limit] * len(taken.wall), [limit] * len(taken.cpu))
+    return versus(case, f"the goal of {limit:g} s", taken, goal, 1.0)
+
+
+def spend(command: list[str], taken: Seconds | None, **more: Any) -> None:
+    """Run a command of one thread to its end, and add what it took (its CPU seconds with its children's)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def now() -> tuple[float, float]:
+        used = os.times()
+        return time.perf_counter(), used.children_user + used.children_system
+
+    began = now()
+    subprocess.run(command, check=True, capture_output=True, env=environment, **more)
+    if taken is not None:
+        taken.add(began, now())
+
+
 # --- what is measured on ---------------------------------------------------------------------------------------------
 
 
@@ -115,6 +136,31 @@ def load_beyond_ours() -> float:
     return max(0.0, os.getloadavg()[0] - (1 - math.exp((_BEGAN - time.monotonic()) / 60)))
 
 
+def ticks() -> tuple[float, float, float] | None:
+    """(seconds that the machine's cores were busy, what of it is ours, now); None where the system does not say."""
+    table = Path("/proc/stat")
+    if not table.exists():
+        return None
+    user, nice, system, _, _, irq, soft, *_ = map(int, table.read_text(encoding="ascii").split("\n")[0].split()[1:])
+    own = sum(os.times()[:4])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
+
+
+def others_cores(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> float | None:
+    """How many cores other processes kept busy in between."""
+    if before is None or after is None:
+        return None
+    return round(max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / max(after[2] - before[2], 0.01), 2)
+
+
+def installed(package: str) -> str:
+    """Its version, or "" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def machine(packages: Iterable[str]) -> dict[str, Any]:
     names = Path("/proc/cpuinfo")
     lines = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
@@ -124,7 +170,7 @@ def machine(packages: Iterable[str]) -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": 1,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in sorted(packages)},
+        "versions": {name: installed(name) for name in sorted(packages) if installed(name)},
     }
 
 
@@ -141,9 +187,9 @@ def commit() -> str:
 class Benchmark:
     """One benchmark's record: ``with Benchmark("top1", "what it compares", ["torch"]) as b: b.rows.append(versus(...))``.
 
-    ``record`` is ready on leaving: {"benchmark", "what", "date", "commit", "machine", "load", "busy", "rows", "facts",
-    "tables"}; every row has "met": true, false, or null where there is no aim. A row is judged by its wall-clock
-    ratio, or by its CPU ratio where the machine was busy.
+    ``record`` is ready on leaving: {"benchmark", "what", "date", "commit", "machine", "load", "busy", "took", "absent",
+    "rows", "facts", "tables"}; every row has "met": true, false, or null where there is no aim. A row is judged by its
+    wall-clock ratio, or by its CPU ratio where the machine was busy. ``absent`` names peers that are not installed.
     """
 
     def __init__(self, name: str, what: str, packages: Iterable[str]) -> None:
@@ -151,17 +197,28 @@ class Benchmark:
         self.rows: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.absent: list[str] = []
         self.record: dict[str, Any] = {}
 
     def __enter__(self) -> Benchmark:
-        self._load = load_beyond_ours()
+        self._load, self._ticks, self._began = load_beyond_ours(), ticks(), time.monotonic()
         return self
+
+    def has(self, package: str) -> bool:
+        """Whether a peer is installed; where it is not, the page will say so."""
+        if installed(package):
+            return True
+        self.absent.append(package)
+        return False
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             return
         load = {"beyond_ours_before": round(self._load, 2), "beyond_ours_after": round(load_beyond_ours(), 2)}
-        busy = max(load.values()) > BUSY
+        cores = others_cores(self._ticks, ticks())
+        busy = max(load.values()) > BUSY if cores is None else cores > BUSY_CORES
+        if cores is not None:
+            load["cores_of_others"] = cores
         for row in self.rows:
             row["judged_by"] = "cpu" if busy else "wall"
             row["met"] = None if row["aim"] is None else row[row["judged_by"]]["median"] <= row["aim"]
@@ -173,6 +230,8 @@ class Benchmark:
             "machine": machine(self.packages),
             "load": load,
             "busy": busy,
+            "took": round(time.monotonic() - self._began, 1),
+            "absent": self.absent,
             "rows": self.rows,
             "facts": self.facts,
             "tables": self.tables,

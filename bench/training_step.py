@@ -1,12 +1,13 @@
-"""A training step through our loop against a bare loop over the same diffusers model.
+"""A training step through our loop against a bare loop over the same diffusers model, and against accelerate's.
 
     python -m bench.training_step [--small] [--out FILE]
 
 The bare loop is what one would write by hand: diffusers' own call, mean squared error, clipping, fused AdamW and a weight
-average, on batches that are handed to it for nothing. Ours is ``training.loop.fit`` as it runs in a job, with reading the
-shard, drawing noise and time per clip, journal, progress file and stop flag. Both start from the same weights, see the
-same batches, and must agree on losses and weights before anything is reported. Steps of the two alternate, one by one;
-steps that validate or save are left out.
+average, on batches that are handed to it for nothing. accelerate's is the same with ``Accelerator.prepare``, ``accumulate``,
+``backward`` and ``clip_grad_norm_``, as diffusers' training examples have them. Ours is ``training.loop.fit`` as it runs in a
+job, with reading the shard, drawing noise and time per clip, journal, progress file and stop flag. All start from the same
+weights, see the same batches, and must agree on losses and weights before anything is reported. Their steps alternate, one
+by one; steps that validate or save are left out.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ class Bare:
             group["lr"] = self.settings.rate(self.step)
         x, L = batch.x_t, batch.cond.tokens.shape[1]
         mask = torch.cat([batch.cond.mask, torch.ones(len(x), len(self.ids), dtype=torch.bool)], 1)
+        loss = self.loss(batch, x, mask, L)
+        self.apply(loss)
+        self.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, weight(self.beta, self.step))
+        return loss.item()
+
+    def loss(self, batch: Batch, x: Tensor, mask: Tensor, L: int) -> Tensor:
         output = self.network(
             hidden_states=x.flatten(2).transpose(1, 2),
             encoder_hidden_states=batch.cond.tokens,
@@ -71,15 +80,35 @@ class Bare:
             joint_attention_kwargs={"attention_mask": mask[:, None, None]},
             return_dict=False,
         )[0]
-        loss = nn.functional.mse_loss(output.transpose(1, 2).reshape(x.shape), batch.noise - batch.x0)
+        return nn.functional.mse_loss(output.transpose(1, 2).reshape(x.shape), batch.noise - batch.x0)
+
+    def apply(self, loss: Tensor) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, weight(self.beta, self.step))
-        return loss.item()
+
+
+class Accelerated(Bare):
+    """The same loop as accelerate's users write it."""
+
+    def __init__(self, network: nn.Module, settings: Settings, ids: Tensor) -> None:
+        from accelerate import Accelerator
+
+        super().__init__(network, settings, ids)
+        self.accelerator = Accelerator(cpu=True)
+        self.network, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
+
+    def advance(self, batch: Batch) -> float:
+        with self.accelerator.accumulate(self.network):
+            return super().advance(batch)
+
+    def apply(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class After(StopFlag):
@@ -95,31 +124,32 @@ class After(StopFlag):
 
 
 class Alternating(FlowObjective):
-    """Our objective, with one bare step before each of ours: the clock of ours stands still meanwhile."""
+    """Our objective, with one step of each peer before each of ours: the clock of ours stands still meanwhile."""
 
-    bare: Bare
-
-    def start(self, bare: Bare) -> None:
-        self.bare = bare
-        self.ours, self.theirs = common.Seconds(), common.Seconds()
-        self.losses: list[tuple[float, float]] = []
+    def start(self, peers: dict[str, Bare]) -> None:
+        self.peers = peers
+        self.ours, self.theirs = common.Seconds(), {name: common.Seconds() for name in peers}
+        self.losses: list[list[float]] = []  # ours first
         self._began: tuple[float, float] | None = None
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: slice | None = None) -> Batch:
         now = common.clocks()
         if self._began is not None:
             self.ours.add(self._began, now)
-        same = super().batch(step)  # for the bare loop, for nothing
-        began = common.clocks()
-        self._bare_loss = self.bare.advance(same)
+        same = super().batch(step)  # for the peers, for nothing
+        found = {}
+        for name in list(self.peers)[:: 1 if step % 2 else -1]:
+            began = common.clocks()
+            found[name] = self.peers[name].advance(same)
+            self.theirs[name].add(began, common.clocks())
+        self._others = [found[name] for name in self.peers]
         self._began = common.clocks()
-        self.theirs.add(began, self._began)
         return super().batch(step)
 
     def loss(self, batch: Batch) -> Tensor:
         losses = super().loss(batch)
         if torch.is_grad_enabled() and len(self.losses) < WARM:
-            self.losses.append((float(losses.detach().mean()), self._bare_loss))
+            self.losses.append([float(losses.detach().mean()), *self._others])
         return losses
 
 
@@ -136,28 +166,31 @@ def run(small: bool = False) -> dict[str, Any]:
     model = build_expert(settings, seed=0)
     plan = Settings.of(settings.expert)
     ids = torch.tensor([[t, h, w] for t in range(latent[1]) for h in range(latent[2]) for w in range(latent[3])])
-    with tempfile.TemporaryDirectory() as name, common.Benchmark("training_step", WHAT, ("torch", "diffusers")) as b:
+    packages = ("torch", "diffusers", "accelerate")
+    with tempfile.TemporaryDirectory() as name, common.Benchmark("training_step", WHAT, packages) as b:
         folder = Path(name)
         make_shard(folder / "shard", settings)
         objective = Alternating(model, open_shard(folder / "shard"), seed=0, batch=batch, text_dropout=0.1)
-        bare = Bare(model.network, plan, ids.float())
-        objective.start(bare)
+        peers: dict[str, Bare] = {"a bare loop": Bare(model.network, plan, ids.float())}
+        if b.has("accelerate"):
+            peers["accelerate's loop"] = Accelerated(model.network, plan, ids.float())
+        objective.start(peers)
         with contextlib.suppress(Stopped):
             fit(objective, plan, folder / "job", After(steps + WARM + 1), run_id="bench", label="bench")
-        worst = max(abs(x - y) / abs(y) for x, y in objective.losses)
-        finals = zip(model.network.parameters(), bare.parameters, strict=True)
-        drift = max(float(((x - y).norm() / y.norm().clamp(min=1e-3)).detach()) for x, y in finals)
-        if worst > TOLERANCE or drift > DRIFT:
-            raise common.DifferentError(f"the two loops differ: losses by {worst:.2e}, final weights by {drift:.2e}")
         apart = (plan.validate_every, plan.checkpoint_every)
         plain = [s for s in range(WARM, len(objective.ours.wall)) if all((s + 1) % every for every in apart)]
-        case = f"a step of {batch} clips"
-        b.rows.append(common.versus(case, "a bare loop", objective.ours[plain], objective.theirs[plain], AIM))
+        for number, (peer, loop) in enumerate(peers.items(), 1):
+            worst = max(abs(row[0] - row[number]) / abs(row[number]) for row in objective.losses)
+            finals = zip(model.network.parameters(), loop.parameters, strict=True)
+            drift = max(float(((x - y).norm() / y.norm().clamp(min=1e-3)).detach()) for x, y in finals)
+            if worst > TOLERANCE or drift > DRIFT:
+                raise common.DifferentError(f"{peer} differs: losses by {worst:.2e}, final weights by {drift:.2e}")
+            b.facts |= {f"losses differ from {peer} by": worst, f"final weights differ from {peer} by": drift}
+            taken = objective.theirs[peer][plain]
+            b.rows.append(common.versus(f"a step of {batch} clips", peer, objective.ours[plain], taken, AIM))
         b.facts |= {
             "parameters": model.parameters_total,
             "GFLOP per step": flops.training_flops(flops.expert_forward_flops(settings), 1, batch) / 1e9,
-            "losses differ by": worst,
-            "final weights differ by": drift,
         }
     return b.record
 

@@ -39,15 +39,24 @@ def check(record: dict[str, Any], name: str, against: set[str]) -> None:
     [
         ("frechet", {"scipy.linalg.sqrtm", "torchmetrics", "cd-fvd"}),
         ("intervals", {"features", "features, sqrtm"}),
-        ("cache_reading", {"webdataset", "datasets (arrow, numpy format)"}),
+        ("cache_reading", {"webdataset", "litdata", "datasets (arrow, numpy format)"}),
+        ("checkpoint_stall", {"a minute without", "torch.save"}),
+        ("startup", {"the goal of 0.4 s", "the goal of 1 s"}),
         ("top1", {"monolith"}),
         ("lora_experts", {"3 merged networks", "one merged network", "adapters that take turns"}),
         ("backbone_loop", {"FluxPipeline", "WanPipeline", "LTXPipeline", "HunyuanVideoPipeline"}),
-        ("training_step", {"a bare loop"}),
+        ("training_step", {"a bare loop", "accelerate's loop"}),
     ],
 )
 def test_a_quick_benchmark_gives_a_whole_record(name: str, against: set[str]) -> None:
     check(importlib.import_module(f"bench.{name}").run(small=True), name, against)
+
+
+def test_windows_are_what_loops_over_the_whole_file_give() -> None:
+    libraries = {
+        f"{one}, {what}" for one in ("PyAV", "Pillow") for what in ("every frame made a square", "the 16 made squares")
+    }
+    check(importlib.import_module("bench.clip_decoding").run(small=True), "clip_decoding", libraries)
 
 
 @pytest.mark.slow
@@ -98,7 +107,7 @@ def test_the_page_says_what_was_missed_and_that_the_machine_was_busy(monkeypatch
     wall, cpu, one = [2.0, 2.2, 2.4], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]
     records = {}
     for load in (0.0, 9.0):
-        monkeypatch.setattr(common, "load_beyond_ours", lambda load=load: load)
+        monkeypatch.setattr(common, "others_cores", lambda *_, load=load: load)
         with common.Benchmark("mine", "a thing", []) as benchmark:
             ours, theirs = common.Seconds(wall, cpu), common.Seconds(one, one)
             benchmark.rows += [
@@ -113,6 +122,18 @@ def test_the_page_says_what_was_missed_and_that_the_machine_was_busy(monkeypatch
     assert "2.200 (2.000 to 2.400)" in first and "at most 1" in first and first.endswith("| **no** |")
     assert "0.500 (0.500 to 0.500)" in second and second.endswith("| yes (CPU) |")
     assert [page("", {"": record}).count("**The machine was busy") for record in (quiet, busy)] == [0, 1]
+
+
+def test_the_page_names_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, page = importlib.import_module("bench.common"), importlib.import_module("bench.__main__").page
+    with common.Benchmark("mine", "a thing", ["no-such-peer"]) as benchmark:
+        assert benchmark.has("numpy") and not benchmark.has("no-such-peer")
+        benchmark.rows.append(common.within("slow", 0.5, common.Seconds([1.0, 1.5, 2.0], [1.0, 1.0, 1.0])))
+    failed = {"benchmark": "other", "what": "not measured", "rows": [], "failed": "the two differ"}
+    text = page("2026-01-02", {"mine": benchmark.record, "other": failed})
+    assert "not installed, so not compared: no-such-peer" in text
+    assert "**Nothing is reported: the two differ.**" in text
+    assert "0 of 1 are met." in text and "the goal of 0.5 s" in text
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
