@@ -57,6 +57,16 @@ def serve(
         typer.Option(help="With --safe: what a frame may score, up to 1 (default: 0.8).", show_default=False),
     ] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Refuse a run of another id.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="In the studio: where the run's islands work, as `archipel status URL` has it (default: RUN itself).",
+            show_default=False,
+        ),
+    ] = None,
+    no_clips: Annotated[
+        bool, typer.Option("--no-clips", help="In the studio: show no pictures of the training clips.")
+    ] = False,
     pages: Annotated[bool, typer.Option("--studio", help="With the studio's pages, as `archipel studio`.")] = False,
 ) -> None:
     """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
@@ -103,7 +113,7 @@ def serve(
     given: dict[str, Any] = {"host": host, "port": port, "keys": keys, "limits": limits, "tell": say, "safety": safety}
     if pages:
         own = pipeline.open_run(Path(run)) if home else None
-        given["extend"] = mount.extend(archipelago, run, own)
+        given["extend"] = mount.extend(archipelago, run, own, store=store, show_clips=not no_clips)
     server.serve(archipelago, folder, **given)
 
 

@@ -13,6 +13,7 @@ from archipel.report.training import thin
 from archipel.run import ROUTER
 from archipel.studio.context import StudioContext
 from archipel.studio.islands_facts import EVERY, Job, Look, Watch
+from archipel.studio.partition_page import folder_of, is_bucket
 
 STATES = {
     "free": "waiting for an island",
@@ -68,14 +69,11 @@ def build(context: StudioContext) -> None:
 
 def watch_of(context: StudioContext) -> Watch | None:
     """What is looked at: the store that was named, a bucket, or the run's folder; None for an export."""
-    from pathlib import Path
-
-    where, store = context.where, context.store
-    if store is None and ("://" in where or (Path(where) / "published.json").is_file()):
-        store = where
-    if store is None and context.run is None:
+    bucket = is_bucket(context.where)
+    store, run = context.store or (context.where if bucket else None), None if bucket else folder_of(context)
+    if store is None and run is None:
         return None
-    return Watch(context.run, store, context.parts.run_id)
+    return Watch(run, store, context.parts.run_id)
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------------
@@ -153,8 +151,10 @@ def charts(look: Look) -> str:
             continue
         train += _series([(label, curve.train, css)])
         held += _series([(label, curve.validation, css)])
+    losses = [y for one in train for y in one.y if y > 0]
+    wide = bool(losses) and max(losses) > 4 * min(losses)
     drawn = [
-        ("Training loss", line_chart(train, "Training loss against steps", "steps", "training loss", log_y=True)),
+        ("Training loss", line_chart(train, "Training loss against steps", "steps", "training loss", log_y=wide)),
         ("Held-out loss", line_chart(held, "Loss on held-out clips against steps", "steps", "held-out loss")),
         ("Router", line_chart(router, "The router's loss against steps", "steps", "router's loss")),
     ]

@@ -17,6 +17,7 @@ from archipel.studio.partition_facts import Cluster, Expert, Partition
 
 if TYPE_CHECKING:
     from archipel.islands.bucket import Bucket
+    from archipel.run import Run
 
 
 def build(context: StudioContext) -> None:
@@ -36,30 +37,45 @@ def build(context: StudioContext) -> None:
 
 
 def gatherer(context: StudioContext) -> Callable[[], Partition]:
-    """A function that looks at what there is now: a run's folder, a bucket or an export."""
-    if context.run is not None:
-        run = context.run
-        return lambda: partition_facts.of_run(run, clips=context.show_clips)
+    """A function that looks at what there is now: a bucket, a run's folder (or the model in the box), or an export."""
     where = context.where
-    if "://" in where or (Path(where) / "published.json").is_file():
-        held: list[Bucket] = []
-
-        def ask() -> Partition:
-            from archipel.islands.bucket import Bucket
-            from archipel.islands.objects import Objects
-
-            try:
-                if not held:
-                    objects = Objects.open(where, patience=4.0, timeout=10.0)
-                    held.append(Bucket.read(objects, context.archipelago.parts.run_id))
-                return partition_facts.of_bucket(held[0])
-            except (ArchipelError, OSError):
-                part = context.config.partition
-                words = "The store cannot be reached now: open this page again later."
-                return Partition((), part.method, part.features, missing=(words,))
-
-        return ask
+    if is_bucket(where):
+        return _of_bucket(context)
+    run = folder_of(context)
+    if run is not None:
+        return lambda: partition_facts.of_run(run, clips=context.show_clips)
     return lambda: partition_facts.of_export(Path(where), context.config)
+
+
+def is_bucket(where: str) -> bool:
+    return "://" in where or (Path(where) / "published.json").is_file()
+
+
+def folder_of(context: StudioContext) -> "Run | None":
+    """The folder whose files tell of the run: its own, or what a packed model has of it; None for an export."""
+    if context.run is None and (Path(context.where) / "run.toml").is_file():
+        return context.parts.run
+    return context.run
+
+
+def _of_bucket(context: StudioContext) -> Callable[[], Partition]:
+    held: list["Bucket"] = []
+
+    def ask() -> Partition:
+        from archipel.islands.bucket import Bucket
+        from archipel.islands.objects import Objects
+
+        try:
+            if not held:
+                objects = Objects.open(context.where, patience=4.0, timeout=10.0)
+                held.append(Bucket.read(objects, context.parts.run_id))
+            return partition_facts.of_bucket(held[0])
+        except (ArchipelError, OSError):
+            part = context.config.partition
+            words = "The store cannot be reached now, or is damaged: open this page again later."
+            return Partition((), part.method, part.features, missing=(words,))
+
+    return ask
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------------
@@ -72,12 +88,13 @@ def html(found: Partition) -> str:
     parts = [f'<p class="lead">{k} islands, each with a cluster of its own: {how}.</p>'] if k else []
     parts += [f'<p class="notice plain" role="status">{_sentence(text)}</p>' for text in found.missing]
     parts.append(_shares(found.clusters))
-    parts.append(f'<div class="clusters">{"".join(map(_cluster, found.clusters))}</div>')
+    cards = [_cluster(one) for one in found.clusters]
     if found.monolith is not None and k:
-        parts.append(
-            '<article class="card cluster mono"><h3><i class="key mono" aria-hidden="true"></i>Monolith</h3>'
+        cards.append(
+            '<article class="card cluster"><h3><i class="key mono" aria-hidden="true"></i>Monolith</h3>'
             f'<p class="quiet">One network trained on all clusters, to compare with.</p>{_numbers(found.monolith)}</article>'
         )
+    parts.append(f'<div class="clusters">{"".join(cards)}</div>')
     if found.facts:
         rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in found.facts)
         parts.append(
