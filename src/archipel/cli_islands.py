@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -274,6 +275,10 @@ def admit(
     reopen: Annotated[
         bool, typer.Option("--reopen", help="After a refusal, let islands take the job again (owners only).")
     ] = False,
+    remote: Annotated[
+        bool,
+        typer.Option("--remote", help="An expert elsewhere, where site.toml says ([remote.2]), by what it answers."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Check what was trained, by ten rules, before any ensemble loads it; a refusal names the rule and exits 2."""
@@ -282,7 +287,14 @@ def admit(
     from archipel.errors import EXIT_WRONG_INPUT
     from archipel.islands.admission import admit as check
 
-    answer = check(url, name, run_id=run_id, trust=trust, reopen=reopen)
+    if remote and reopen:
+        raise ArchipelError("--reopen is for jobs in buckets, --remote for experts elsewhere: give one of them")
+    if remote:
+        from archipel.remote.admission import admit as ask
+
+        answer = ask(url, name, run_id=run_id, trust=trust)
+    else:
+        answer = check(url, name, run_id=run_id, trust=trust, reopen=reopen)
     if json_:
         print(json.dumps(answer.as_dict()))
     elif answer.admitted:
@@ -328,7 +340,11 @@ def pull(
     """Bring what is admitted into the run's folder (or a new one), where route, generate and evaluate go on."""
     from archipel.islands.admission import admit as check
     from archipel.islands.pull import pull as bring
+    from archipel.islands.trust import FILE
     from archipel.progress import StopFlag
+
+    if trust is None and os.path.lexists(run / FILE):  # ``url`` is the bucket, whose own would be a stranger's
+        trust = run / FILE
 
     def door(name: str) -> dict[str, Any]:
         return check(url, name, run_id=run_id, trust=trust).as_dict()

@@ -56,6 +56,16 @@ def serve(
         float | None,
         typer.Option(help="With --safe: what a frame may score, up to 1 (default: 0.8).", show_default=False),
     ] = None,
+    expert: Annotated[
+        int | None,
+        typer.Option(min=0, help="Offer this expert's velocity to ensembles elsewhere instead.", show_default=False),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --expert: the private key (`archipel keygen`) that signs its card.", show_default=False
+        ),
+    ] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Refuse a run of another id.")] = None,
     store: Annotated[
         str | None,
@@ -70,6 +80,13 @@ def serve(
     pages: Annotated[bool, typer.Option("--studio", help="With the studio's pages, as `archipel studio`.")] = False,
 ) -> None:
     """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
+    if expert is not None and not pages:
+        bounds = {"rows": batch, "steps": max_steps}
+        return _expert(str(box.locate(run)), str(expert), host, port, device, threads, key, run_id, bounds)
+    if expert is not None or key is not None:
+        raise ArchipelError(
+            "--expert offers one expert and no studio, and --key signs its card: archipel serve RUN --expert 2"
+        )
     from archipel.serving.limits import Limits
 
     limits = Limits(
@@ -115,6 +132,7 @@ def serve(
         own = pipeline.open_run(Path(run)) if home else None
         given["extend"] = mount.extend(archipelago, run, own, store=store, show_clips=not no_clips)
     server.serve(archipelago, folder, **given)
+    return None
 
 
 @functools.wraps(serve)

@@ -10,11 +10,12 @@ from typing import Any, get_args
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from archipel import box, presets, store
 from archipel.config import RunConfig
 from archipel.errors import ArchipelError
-from archipel.islands.site import SiteConfig
+from archipel.islands.site import RemoteSite, SiteConfig
 
 _HEAD = """# Configuration
 
@@ -89,6 +90,8 @@ def _range(field: FieldInfo) -> str:
 
 
 def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "must be given"
     if isinstance(value, tuple):
         return f"`[{', '.join(str(part) for part in value)}]`"
     if isinstance(value, bool):
@@ -99,7 +102,9 @@ def _default(value: Any) -> str:
 def _tables(config: type[BaseModel], file: str = "") -> list[str]:
     lines = []
     for name, top in config.model_fields.items():
-        section = top.annotation
+        section: Any = top.annotation
+        if name == "remote":  # a table of sections: one for each expert
+            name, section = "remote.2", RemoteSite
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             continue
         lines += [

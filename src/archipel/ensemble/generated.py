@@ -22,6 +22,7 @@ class Generated:
     expert_rows: rows that went through an expert, both guidance branches counted: the cost of sampling; router_rows: the same
     of the router (once per clip where it is asked before the first step only, and not counted then).
     blocked: rows that the safety filter withheld (``safety``): black in ``clips``, and never saved.
+    lost: for each clip, experts that were lost on the way -> the first step that was made without them.
     notes: what each clip's file shall say of it (see ``provenance``).
     """
 
@@ -37,14 +38,20 @@ class Generated:
     model: str = ""
     run_id: str = ""
     blocked: list[int] = field(default_factory=list)
+    lost: list[dict[str, int]] = field(default_factory=list)
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        return [self.note([seed]) for seed in self.seeds]
+        lost = self.lost or [{} for _ in self.seeds]
+        return [self._note([seed], one) for seed, one in zip(self.seeds, lost, strict=True)]
 
     def note(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What a file says that holds the clips of ``seeds``."""
-        return provenance.of(self.model, self.run_id, seeds, vars(self.settings))
+        return self._note(seeds, {k: step for one in self.lost for k, step in one.items()})
+
+    def _note(self, seeds: Sequence[int], lost: dict[str, int]) -> dict[str, Any]:
+        made = provenance.of(self.model, self.run_id, seeds, vars(self.settings))
+        return {**made, "without": lost} if lost else made
 
     def save(self, path: Path | str, *, scale: int = 1) -> list[Path]:
         """Write the clips as ``path`` says (.mp4, .webp, .gif, or a folder of PNG frames), numbered where there are several,
@@ -86,6 +93,7 @@ class Generated:
             weights=np.concatenate(weights) if weights else None,
             expert_rows=sum(one.expert_rows for one in parts),
             router_rows=sum(one.router_rows for one in parts),
+            lost=[lost for one in parts for lost in one.lost],
             blocked=[begin + row for begin, one in zip(begins, parts, strict=True) for row in one.blocked],
             warnings=list(dict.fromkeys(warning for one in parts for warning in one.warnings)),
         )

@@ -32,6 +32,8 @@ PIPELINE = "archipel.exchange.loaded:open_parts"
 EXPORTED = "model_index.json"  # a folder that holds it is an export
 OPENER = "archipel.islands.remote:open_source"
 """``open_source(url, run_id) -> Source`` for runs that are no folders, as ``module:function``."""
+REMOTE = "archipel.remote.known:joined"
+"""``joined(source) -> Source`` with the experts that this machine's site.toml has elsewhere, as ``module:function``."""
 PUBLISHED = "published.json"  # a folder that holds it is a bucket on this disk, not a run's folder
 
 
@@ -160,7 +162,8 @@ def open_parts(
     Raises ArchipelError where there is no run, or not ``run_id``."""
     where = box.locate(where)
     if "://" in str(where) or not (Path(where) / EXPORTED).is_file():
-        return Parts(open_source(where, run_id), device, memory=memory, host=host)
+        source = cast(Source, pkgutil.resolve_name(REMOTE)(open_source(where, run_id)))
+        return Parts(source, device, memory=memory, host=host)
     if memory is not None:
         raise ArchipelError(f"{where} is an export, which is loaded whole: a bound on memory is for runs and buckets")
     parts = cast(Parts, pkgutil.resolve_name(PIPELINE)(where, device))
@@ -223,8 +226,10 @@ class Parts:
         return cast(Posterior, self._load(ROUTER, load, pinned=True))
 
     def expert(self, name: str) -> Velocity:
-        """An expert or the monolith; loaded when it is first called, and the same bytes from then on."""
-        return _Lazy(self, name)
+        """An expert or the monolith; loaded when it is first called, and the same bytes from then on. Or a remote one."""
+        remote = getattr(self.source, "remote", None)
+        found = None if remote is None else remote(name)
+        return _Lazy(self, name) if found is None else cast(Velocity, found)
 
     def denoiser(self, name: str, version: str | None = None) -> Velocity:
         """A trained network, loaded now. Where experts are adapters, they share the base's memory and take turns on it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from archipel.contracts import Conditioning, Posterior, Velocity
-from archipel.ensemble import provenance, strategies
+from archipel.ensemble import provenance, strategies, whole
 from archipel.ensemble.generated import Generated
 from archipel.ensemble.images import check_given, read_frames
 from archipel.ensemble.parts import Parts, open_parts
@@ -60,6 +60,11 @@ class Lineup:
     present: list[int] | None = None
     router: Posterior | None = None
     warnings: tuple[str, ...] = ()
+
+    def without(self, lost: Mapping[int, Any]) -> Lineup:
+        """For the next batch: experts that were lost are not asked again."""
+        there = range(len(self.experts)) if self.present is None else self.present
+        return replace(self, present=[i for i in there if i not in lost]) if lost else self
 
 
 class Archipelago:
@@ -197,7 +202,11 @@ class Archipelago:
             latents, trace = self.sample(
                 settings, cond[part], numbers[part], clusters=own, on_step=on_step, lineup=lineup
             )
-            yield Generated.checked(
+            lineup, told = lineup.without(trace.lost), trace.told(settings)
+            for warning in told:
+                logger.warning(warning)
+            said = [*said, *told]
+            made = Generated.checked(
                 safety,
                 self.decode(latents),
                 self.config.clips.fps,
@@ -211,6 +220,7 @@ class Archipelago:
                 self.model,
                 self.parts.run_id,
             )
+            yield replace(made, lost=[trace.steps_lost(settings)] * len(made.seeds))
 
     def lineup(self, settings: Settings, clusters: Sequence[int] | None, clips: int) -> Lineup:
         """Who can take part. Refuses, before any work, what cannot be done: parts without which a strategy makes no
@@ -323,6 +333,8 @@ class Archipelago:
         with torch.no_grad():
             velocity = self.velocity(settings, lineup, cond, shape, seeds, clusters, trace)
             noise = torch.from_numpy(draws.clip_noise(seeds, shape)).to(self.parts.device)
+            if whole.possible(velocity, settings):
+                return whole.sample(velocity, noise, cond, seeds, settings, trace, on_step), trace
             latents = samplers.sample(
                 velocity,
                 noise,
@@ -343,7 +355,7 @@ class Archipelago:
         seeds: Sequence[int],
         clusters: Sequence[int] | None = None,
         trace: strategies.Trace | None = None,
-    ) -> Velocity:
+    ) -> strategies.Mixture:
         """The guided velocity of one batch under a strategy: what the sampler follows."""
         kind, k, present, experts = lineup.kind, len(lineup.experts), lineup.present, lineup.experts
         weighting: strategies.Weighting

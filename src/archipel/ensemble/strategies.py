@@ -18,7 +18,6 @@ is lost in the middle of a clip (a remote one that answers no more) is missing f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,8 +27,11 @@ from torch import Tensor
 from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble.guidance import Composition, branch_weights, combine
 from archipel.ensemble.together import in_one_pass
+from archipel.ensemble.trace import Trace
 from archipel.errors import ArchipelError, ExpertLost
 from archipel.flow import draws
+
+__all__ = ["Fixed", "Mixture", "Routed", "Select", "Trace", "Weighting"]
 
 Select = Callable[[Tensor], Tensor]
 """Posterior (B, K) -> bool (B, K): the experts that are kept, at least one per row."""
@@ -99,9 +101,7 @@ class Weighting(Protocol):
         """Experts that can get weight, or None where all can."""
         ...
 
-    def lose(self, k: int) -> bool:
-        """Give expert ``k`` no weight from now on; False where a clip then has no other."""
-        ...
+    # and where experts may be lost, ``lose(k) -> bool``: no weight for expert k from now on; False where a clip then has no other
 
 
 class Routed:
@@ -189,8 +189,16 @@ class Fixed:
         return True
 
     def of(self, rows: Tensor) -> Fixed:
-        """The same for some of the clips, without a second draw."""
-        return Fixed(self.weights[rows])
+        """The same for some of the clips."""
+        again = self._again
+
+        def some(others: list[int]) -> Tensor | None:
+            drawn = None if again is None else again(others)
+            return None if drawn is None else drawn[rows]
+
+        found = Fixed(self.weights[rows], some)
+        found._gone = self._gone
+        return found
 
 
 def one_each(chosen: Sequence[int] | np.ndarray | Tensor, k: int) -> Fixed:
@@ -284,22 +292,6 @@ def ancestral(
 # --- the mixture -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Trace:
-    """What a mixture did: per velocity call its time and weights (B, K) float32 on the CPU; rows computed per expert, and
-    rows that went through the router; experts that were lost on the way, each with the time t and why."""
-
-    times: list[float] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    rows: dict[int, int] = field(default_factory=dict)
-    router_rows: int = 0
-    lost: dict[int, tuple[float, str]] = field(default_factory=dict)
-
-    def per_step(self, solver: str) -> np.ndarray:
-        """Weights at the beginning of every solver step, float32 (B, S, K). Heun calls twice per step but the last."""
-        return torch.stack(self.weights[:: 2 if solver == "heun" else 1], dim=1).numpy()
-
-
 class Mixture:
     """Experts under a weighting as one ``Velocity``, with guidance in either composition.
 
@@ -316,17 +308,17 @@ class Mixture:
         trace: Trace | None = None,
     ) -> None:
         self.experts, self.weighting = list(experts), weighting
-        self._scale, self._composition, self._trace = guidance, composition, trace
+        self.scale, self.composition, self._trace = guidance, composition, trace
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        null_wanted = self._scale != 1 and self._composition == "guided-mixture"
+        null_wanted = self.scale != 1 and self.composition == "guided-mixture"
         while True:
             w, n = self.weighting(x, t, cond, null_wanted)
             if w.shape != (x.shape[0], len(self.experts)):
                 raise ValueError(
                     f"weights of shape {tuple(w.shape)} for {x.shape[0]} rows and {len(self.experts)} experts"
                 )
-            a, b = branch_weights(w, n, self._scale, self._composition)
+            a, b = branch_weights(w, n, self.scale, self.composition)
             v = self._mixed(x, t, cond, a, b)
             if v is not None:
                 break  # else an expert was lost, and the others are weighed anew
@@ -361,7 +353,7 @@ class Mixture:
             elif parts[number] is None:
                 parts[number] = combine(self.experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
             if self._trace is not None:
-                self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self._scale in (0, 1) else 2)
+                self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self.scale in (0, 1) else 2)
         v = torch.zeros_like(x)
         for (_, rows), part in zip(asked, parts, strict=True):
             assert part is not None
@@ -370,7 +362,8 @@ class Mixture:
 
     def lose(self, k: int, t: float, reason: str) -> None:
         """Go on without expert ``k``, which failed at time t. Raises ArchipelError where there is no other."""
-        if not self.weighting.lose(k):
+        lose = getattr(self.weighting, "lose", None)
+        if lose is None or not lose(k):
             raise ArchipelError(
                 f"expert {k} was lost ({reason}), and no other expert can make these clips: try again, or choose another strategy"
             )

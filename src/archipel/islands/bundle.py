@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from archipel import store
 from archipel.config import RunConfig
@@ -31,6 +31,9 @@ from archipel.islands.strict import (
 )
 from archipel.islands.trust import Bounds, Loss
 from archipel.run import ROUTER
+
+if TYPE_CHECKING:
+    from archipel.training.heldout import Measured
 
 CALIBRATION = "calibration.json"
 _ENTRIES = 1000  # files in one folder
@@ -210,6 +213,12 @@ def check_loss(folder: Path, card: Card, job: Job, held: Held, trust: Loss) -> s
 
         bars, what = (trust.bar, trust.overall), "a network that says nothing"
         found = expert.measure(job.config, folder, held.validation, base=held.base)
+    return hold_to_bar(found, bars, what, card, trust)
+
+
+def hold_to_bar(found: Measured, bars: tuple[float, float], what: str, card: Card, trust: Loss) -> str:
+    """What was measured, held to ``bars`` (noisier times, all times) of ``what``, and to the card's claim: a sentence with the
+    numbers. Raises Refusal("loss")."""
     told = f"held-out loss {found.loss:.4f} on {found.clips} clips"
     for ratio, bar, times in ((found.ratio, bars[0], "the noisier times"), (found.overall, bars[1], "all times")):
         if not ratio <= bar:  # NaN is refused too

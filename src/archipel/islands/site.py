@@ -131,18 +131,66 @@ class TrainSite(Section):
     ema: Literal["device", "host"] = Field("device", description="Where the average of the weights lies.")
 
 
+class RemoteSite(Section):
+    """[remote.2]: where expert 2 is asked, whose weights are not here. See docs/remote.md."""
+
+    url: str = Field(description="https://host, or http://127.0.0.1:port on this machine.")
+    token_env: str = Field(
+        "", description="Environment variable with the token; it is sent to this origin only (empty: none)."
+    )
+    private: bool = Field(False, description="The host may have a private address.")
+    fp16: bool = Field(False, description="Send and receive 16 bits a number: half the bytes.")
+    ca: str = Field("", description="File of certificates to trust instead of the system's.")
+    connect: float = Field(5.0, gt=0, le=60, description="Seconds for a connection.")
+    seconds: float = Field(60.0, gt=0, le=3600, description="Seconds for one step's answer.")
+    clip_seconds: float = Field(600.0, gt=0, le=86400, description="Seconds for a whole clip.")
+
+    @field_validator("token_env")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,127}", value):
+            raise PydanticCustomError(
+                "secret", "expected the name of an environment variable such as ISLAND_2_TOKEN, not the token itself"
+            )
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if "@" in value or "?" in value:
+            raise PydanticCustomError("secret", "a URL with credentials or options: the token goes by token_env")
+        return value
+
+
 class SiteConfig(Section):
     """All of ``site.toml``."""
 
     train: TrainSite = TrainSite()
     slurm: SlurmSite = SlurmSite()
     sky: SkySite = SkySite()
+    remote: dict[str, RemoteSite] = Field({})
+
+    @field_validator("remote")
+    @classmethod
+    def _one_origin_a_token(cls, value: dict[str, RemoteSite]) -> dict[str, RemoteSite]:
+        seen: dict[str, str] = {}
+        for name, one in value.items():
+            if not re.fullmatch(r"0|[1-9][0-9]{0,3}", name):
+                raise PydanticCustomError("expert", "expected [remote.2], where 2 is an expert's number")
+            origin = "/".join(one.url.split("/")[:3])
+            if one.token_env and seen.setdefault(one.token_env, origin) != origin:
+                raise PydanticCustomError(
+                    "token",
+                    "{name} is the token_env of two origins, and one would be told the other's token: use two variables",
+                    {"name": one.token_env},
+                )
+        return value
 
 
 def _keys() -> list[str]:
     found = []
     for name, field in SiteConfig.model_fields.items():
-        section: Any = field.annotation
+        section: Any = RemoteSite if name == "remote" else field.annotation
         found += [name, *(f"{name}.{key}" for key in section.model_fields)]
     return found
 
@@ -157,7 +205,7 @@ def _build(values: Mapping[str, Any], where: str) -> SiteConfig:
             if item["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
                 lines.append(f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
-            elif item["type"] == "secret":  # its value is not repeated
+            elif item["type"] in ("secret", "token", "expert"):  # its value is not repeated
                 lines.append(f"{key}: {item['msg']}")
             else:
                 lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")

@@ -44,7 +44,9 @@ class Later(Generic[T]):
     """What ``work`` gives, from a thread that holds up neither the caller nor the end of the process."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        self._work, self._found, self._error = work, [], None  # type: ignore[var-annotated]
+        self._work = work
+        self._found: list[T] = []
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="remote expert")
         self._thread.start()
 
@@ -58,7 +60,7 @@ class Later(Generic[T]):
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._found[0]  # type: ignore[no-any-return]
+        return self._found[0]
 
 
 class RemoteExpert:
@@ -146,7 +148,7 @@ class RemoteExpert:
     def _text(self, cond: Conditioning) -> dict[str, np.ndarray]:
         """The text as far as it is not padding, and given frames where there are some."""
         mask = cond.mask.detach().cpu().numpy()
-        used = int(mask.any(0).nonzero()[0].max(initial=-1)) + 1
+        used = int(np.flatnonzero(np.any(mask, axis=0)).max(initial=-1)) + 1
         found = {"mask": mask[:, :used], "tokens": self._numbers(cond.tokens[:, :used], "tokens")}
         found["pooled"] = self._numbers(cond.pooled, "pooled")
         if cond.image is not None:

@@ -154,6 +154,7 @@ class Link:
                 raise _too_much(most)
         if answer.length:
             raise http.client.IncompleteRead(b"", answer.length)
+        answer.close()  # its reader only: the connection is free for the next request
         self.received += len(data)
         if answer.will_close:
             self._drop()
@@ -177,7 +178,7 @@ class Link:
         else:
             client = http.client.HTTPConnection(self.origin.host, self.origin.port)
         timed = _Timed(raw)
-        client.sock, client.auto_open = timed, 0  # type: ignore[assignment]
+        client.sock, client.auto_open = timed, 0
         self._client, self._timed = client, timed
         return client, timed
 

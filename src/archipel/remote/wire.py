@@ -25,8 +25,13 @@ VERSION = "Archipel-Version"  # header: sha256 of the expert's card, in requests
 HEADER = 16 << 10  # bytes of a body's header: names, types, shapes and offsets of a dozen tensors
 KIND = "remote expert"
 _TENSORS = 12
-_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
-_NAMES = {kind: name for name, kind in _TYPES.items()}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "BOOL": np.dtype("?"),
+}
+_NAMES: dict[np.dtype[Any], str] = {kind: name for name, kind in _TYPES.items()}
 
 
 class MalformedError(ArchipelError):

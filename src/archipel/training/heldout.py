@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from archipel.backbones.base import Denoiser
 from archipel.config import RunConfig
-from archipel.contracts import Conditioning
+from archipel.contracts import Conditioning, Velocity
 from archipel.training import bases, machine
 from archipel.training.batches import Clips, Shard
 from archipel.training.objective import FlowObjective
@@ -45,6 +45,23 @@ class Silent(Denoiser):
         return torch.zeros_like(x)
 
 
+class _Spoken(Denoiser):
+    """A velocity in the place of a network. Losses are taken on velocities in either case (see ``flow.losses``)."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        super().__init__(nn.Module(), {"prediction": "velocity"})
+        self._spoken = velocity
+
+    def ends(self) -> list[nn.Module]:
+        return []
+
+    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self._spoken(x, t, cond)
+
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self._spoken(x, t, cond)
+
+
 def measure(
     config: RunConfig, folder: Path, validation: Path, device: str | None = None, *, base: Path | None = None
 ) -> Measured:
@@ -56,7 +73,19 @@ def measure(
     clips, on = Clips(validation), machine.pick_device(device)
     if not len(clips):
         return Measured(float("nan"), float("nan"), float("nan"), 0)
-    own = _validate(config, bases.load_expert(config, folder, base), clips, on)
+    return _compare(config, bases.load_expert(config, folder, base), clips, on)
+
+
+def measure_velocity(config: RunConfig, velocity: Velocity, validation: Path) -> Measured:
+    """The same of an expert that is known by its velocity only: a remote one."""
+    clips = Clips(validation)
+    if not len(clips):
+        return Measured(float("nan"), float("nan"), float("nan"), 0)
+    return _compare(config, _Spoken(velocity), clips, "cpu")
+
+
+def _compare(config: RunConfig, model: Denoiser, clips: Clips, on: str) -> Measured:
+    own = _validate(config, model, clips, on)
     silent = _validate(config, Silent(config.expert.prediction), clips, on)
     half = len(own["bins"]) // 2  # times ascend; the middle one counts as noisy
     ratio = sum(own["bins"][half:]) / sum(silent["bins"][half:])
