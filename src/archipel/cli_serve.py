@@ -80,13 +80,13 @@ def serve(
     pages: Annotated[bool, typer.Option("--studio", help="With the studio's pages, as `archipel studio`.")] = False,
 ) -> None:
     """Serve clips over HTTP, as OpenAI's video interface: archipel serve RUN --port 8000"""
-    if expert is not None and not pages:
+    if expert is not None:
+        if safe or blocklist is not None or safe_threshold is not None:
+            raise ArchipelError("--safe looks at prompts and clips, and --expert is given neither: leave one out")
         bounds = {"rows": batch, "steps": max_steps}
         return _expert(str(box.locate(run)), str(expert), host, port, device, threads, key, run_id, bounds)
-    if expert is not None or key is not None:
-        raise ArchipelError(
-            "--expert offers one expert and no studio, and --key signs its card: archipel serve RUN --expert 2"
-        )
+    if key is not None:
+        raise ArchipelError("--key signs the card of an expert that is offered: give --expert as well")
     from archipel.serving.limits import Limits
 
     limits = Limits(
@@ -142,7 +142,7 @@ def studio(**given: Any) -> None:
 
 _signature = inspect.signature(serve, eval_str=True)
 studio.__signature__ = _signature.replace(  # type: ignore[attr-defined]
-    parameters=[one for name, one in _signature.parameters.items() if name != "pages"]
+    parameters=[one for name, one in _signature.parameters.items() if name not in ("pages", "expert", "key")]
 )
 studio.__name__ = "studio"
 studio.__doc__ = "Open the studio, where clips are made and looked at in the browser: archipel studio RUN"
