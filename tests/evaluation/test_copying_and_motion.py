@@ -23,6 +23,20 @@ def test_planted_copies_are_found() -> None:
     assert share.mean() > 0.7
 
 
+def test_nearest_by_block_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, hidden = normal(11, 9, 6) + 50, normal(12, 40, 6) + 50, normal(13, 9, 40) > 0.5
+    whole, shown = copying.nearest(a, b), copying.nearest(a, b, hidden)
+    rows = np.random.default_rng(0).permutation(40)
+    read = copying.nearest(a, copying.Chosen(b, rows))
+    np.testing.assert_allclose(read, whole, rtol=1e-9)
+    monkeypatch.setattr(copying, "WHOLE", 64)  # seven rows of b at a time
+    np.testing.assert_allclose(copying.nearest(a, b), whole, rtol=1e-9)
+    np.testing.assert_allclose(copying.nearest(a, b, hidden), shown, rtol=1e-9)
+    np.testing.assert_allclose(copying.nearest(a, copying.Chosen(b, rows)), whole, rtol=1e-9)
+    given = copying.train_over_test(a, b, a, np.eye(9, dtype=bool), whole)
+    assert np.array_equal(given, copying.train_over_test(a, b, a, np.eye(9, dtype=bool), copying.nearest(a, b, None)))
+
+
 def test_real_clips_against_themselves_are_exactly_one_half() -> None:
     values = np.array([3.0, 1.0, 1.0, 2.0])
     assert copying.nearer_than(values, values).mean() == 0.5

@@ -154,6 +154,16 @@ def test_grouped_kid_and_its_leave_outs_equal_double_loops() -> None:
         assert found[1 + left] == pytest.approx(kid_by_loops(a[ka], b[kb], ga[ka], gb[kb]), rel=1e-10)
 
 
+def test_kernel_sums_of_many_clips_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal(21, 14, 5), normal(22, 20, 5) + 0.3
+    ga, gb = np.arange(14) % 6, np.arange(20) % 8
+    whole = GroupKernel.of(a, ga, b, gb, 9)  # one group has no clip
+    monkeypatch.setattr(distances, "WHOLE", 0)
+    added = GroupKernel.of(a, ga, b, gb, 9)
+    for name in ("aa", "bb", "ab", "n_a", "n_b"):
+        np.testing.assert_allclose(getattr(added, name), getattr(whole, name), rtol=1e-12)
+
+
 def test_kid_without_groups_equals_grouped_kid_of_independent_sets() -> None:
     a, b = normal(18, 9, 4), normal(19, 12, 4)
     groups = np.arange(9), np.arange(9, 21)

@@ -28,6 +28,17 @@ def test_linear_world_is_retrieved_far_above_chance() -> None:
     assert probe.trusted(found)
 
 
+def test_the_probe_of_many_clips_is_that_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By clips and by features: the same weights; features beyond the clips' number stay with the first."""
+    dual = probe.fit(*world(1, 120, 0.3))
+    monkeypatch.setattr(probe, "DUAL", 0)
+    primal = probe.fit(*world(1, 120, 0.3))
+    assert primal.penalty == dual.penalty and not np.array_equal(primal.weight, dual.weight)
+    np.testing.assert_allclose(primal.weight, dual.weight, rtol=1e-6, atol=1e-9)
+    few = world(1, 40, 0.3)
+    assert np.isfinite(probe.fit(*few).weight).all()
+
+
 def test_noise_is_near_chance_and_withheld() -> None:
     fitted = probe.fit(*world(3, 120, 9.0))
     video, text, _ = world(4, 40, 9.0)
