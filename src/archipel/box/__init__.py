@@ -7,11 +7,10 @@ needs and nothing more, in half precision, ``box.json`` with what it is, and its
 from __future__ import annotations
 
 import difflib
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from archipel import FORMAT, store
+from archipel import FORMAT
 from archipel.errors import ArchipelError
 
 ADDRESS = "box:"
@@ -22,6 +21,8 @@ KIND = "box"
 
 def root() -> Path | None:
     """The folder of the shipped models; None where the package is not installed as plain files."""
+    import importlib.resources  # here and below: the command line's help must not wait for them
+
     found = importlib.resources.files(__name__)
     return found if isinstance(found, Path) else None
 
@@ -63,6 +64,8 @@ def is_box(where: Path | str) -> bool:
 
 def facts(where: Path) -> dict[str, Any]:
     """``box.json`` of a box. Raises ArchipelError where it is none or of a newer format, DamagedError."""
+    from archipel import store
+
     value = store.read_json(where / FACTS)
     if not isinstance(value, dict) or value.get("kind") != KIND or not isinstance(value.get("format"), int):
         raise ArchipelError(f"{where / FACTS} does not describe a model that `archipel pack` made")
