@@ -165,7 +165,7 @@ def test_too_few_groups_for_k_are_refused_with_the_number_that_works(tmp_path: P
 
 
 def test_cut_captions_are_counted_on_screen_and_in_the_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths = features.WIDTHS.items()
     monkeypatch.setattr(
@@ -173,6 +173,6 @@ def test_cut_captions_are_counted_on_screen_and_in_the_log(
     )
     run = new_run(tmp_path / "run", {"clips": {"count": 12}, "text": {"tokens": 4}, "codec": {"kind": "pixels"}})
     prepare(run)
-    assert "12 of 12 captions are longer than text.tokens = 4" in capsys.readouterr().err
+    assert caplog.text.count("12 of 12 captions are longer than text.tokens = 4") == 1
     assert "WARNING" in run.log("prepare").read_text()
     assert cache.open_kind(run.cache, "latents")["latents"].shape == (12, 384, 2, 2, 2)

@@ -152,10 +152,11 @@ def train_all(
 
 
 def route(run: Run, stop: StopFlag | None = None) -> None:
+    from archipel.islands import site
     from archipel.routing.stage import route as stage
 
     with _stopping(stop) as flag:
-        stage(run, stop=flag)
+        stage(run, stop=flag, local=site.local(run.root, {}))
 
 
 def generate(run: Run, stop: StopFlag | None = None, engine: Engine | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,9 +303,9 @@ def make_text(root: Path, given: Arrays) -> Arrays:
 
 def _say_truncated(count: int, total: int, tokens: int) -> None:
     if count:
-        message = f"{count} of {total} captions are longer than text.tokens = {tokens} and lose their end"
-        logger.warning("prepare: %s", message)
-        print(f"prepare: {message}", file=sys.stderr, flush=True)
+        logger.warning(
+            "prepare: %d of %d captions are longer than text.tokens = %d and lose their end", count, total, tokens
+        )
 
 
 def _features(

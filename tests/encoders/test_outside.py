@@ -213,6 +213,8 @@ def test_a_torn_file_is_damaged(wan: Path, tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DamagedError):
         outside.take(str(tmp_path), ("vae",), tmp_path / "run", "codec")
+    with pytest.raises(DamagedError):  # `init` says so already
+        resolving.codec_values(str(tmp_path))
 
 
 def test_tokenizers_with_code_of_their_own_or_without_a_vocabulary(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_offloading_keeps_one_expert_at_a_time(exported: Path, pipe: ArchipelPip
         ({"seeds": 1, "generator": torch.manual_seed(0)}, "not both"),
         ({"seeds": [1, 2]}, "2 seeds were given for 1 prompts"),
         ({"generator": [torch.manual_seed(0)] * 2}, "2 generators were given for 1 clips"),
+        ({"generator": 3}, "give a number as seeds"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "not 'prompt_embeds'"),
     ],
@@ -219,6 +220,8 @@ def test_offloading_keeps_one_expert_at_a_time(exported: Path, pipe: ArchipelPip
 def test_wrong_use_is_named(pipe: ArchipelPipeline, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ArchipelError, match=said):
         pipe(**{"prompt": "a ball", **asked})
+    with pytest.raises(ArchipelError, match="use from_pretrained"):
+        ArchipelPipeline(3)
 
 
 def test_missing_experts_are_named_and_left_out(own: Run, tmp_path: Path) -> None:

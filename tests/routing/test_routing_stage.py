@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from archipel import config as configuration
-from archipel import store
+from archipel import pipeline, store
 from archipel.contracts import Conditioning
 from archipel.errors import DamagedError, MissingStageError, Stopped
 from archipel.manifest import Clip, write_manifest
 from archipel.progress import StopFlag
 from archipel.routing.stage import load_router, route, train_router
-from archipel.run import MONOLITH, Run
+from archipel.run import MONOLITH, ROUTER, Run
 
 SETTINGS: dict[str, Any] = {
     "clips": {"size": 8, "frames": 2},
@@ -213,6 +213,23 @@ def test_a_damaged_calibration_is_named_and_made_again(routed: Run, copy_of: Cal
         load_router(run)
     route(run, threads=1)
     assert path.read_bytes() == whole
+
+
+def test_route_computes_as_site_toml_says(
+    routed: Run, copy_of: Callable[[Run], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, given = copy_of(routed), []
+    shutil.rmtree(run.expert(ROUTER))
+    (run.root / "site.toml").write_text("[train]\nmicro_batch = 7\n")
+
+    def train(run: Run, **settings: Any) -> None:
+        given.append(settings["local"])
+        raise Stopped("here")
+
+    monkeypatch.setattr("archipel.routing.stage.train_router", train)
+    with pytest.raises(Stopped):
+        pipeline.route(run)
+    assert given[0].micro_batch == 7
 
 
 def test_says_which_stage_is_missing(routed: Run, copy_of: Callable[[Run], Run]) -> None:

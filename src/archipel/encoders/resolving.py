@@ -124,10 +124,14 @@ def codec_values(source: str) -> dict[str, Any]:
 
 
 def _sha256(source: str, places: list[Place], what: str) -> str:
-    """sha256 of the weights where they are on this disk: of one model's, or of the list of several models' ones."""
+    """sha256 of the weights where they are on this disk: of one model's, or of the list of several models' ones. Raises
+    DamagedError where a file is torn, before it is worth a run."""
     if outside.is_hub_id(source):
         return ""
-    hashes = [outside.sha256_of(outside.weight_files(place, what)) for place in places]
+    files = [outside.weight_files(place, what) for place in places]
+    for several in files:
+        outside.tensor_shapes(several)
+    hashes = [outside.sha256_of(several) for several in files]
     return hashes[0] if len(hashes) == 1 else store.sha256_json(hashes)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 OPTIONAL = ("text_encoder_2", "tokenizer_2", "router", "transformer", "monolith")
 REQUIRED = ("scheduler", "vae", "text_encoder", "tokenizer")
 _EXPERT = re.compile(r"expert_[0-9]{1,3}")
+_MADE_BY = "an ArchipelPipeline needs archipel={...}, which `archipel export` writes: use from_pretrained"
 _OUTPUTS = ("np", "pt", "pil", "latent")
 OnStepEnd = Callable[..., dict[str, Any] | None]
 
@@ -97,6 +98,8 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
     _optional_components: ClassVar[list[str]] = list(OPTIONAL)
 
     def __new__(cls, *args: Any, **parts: Any) -> ArchipelPipeline:
+        if args:
+            raise ArchipelError(_MADE_BY)
         names = tuple(sorted((name for name in parts if _EXPERT.fullmatch(name)), key=lambda name: int(name[7:])))
         return object.__new__(_class(names) if cls is ArchipelPipeline else cls)
 
@@ -104,9 +107,7 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
         super().__init__()
         facts = parts.pop("archipel", None)
         if not isinstance(facts, Mapping) or not isinstance(facts.get("config"), Mapping):
-            raise ArchipelError(
-                "an ArchipelPipeline needs archipel={...}, which `archipel export` writes: use from_pretrained"
-            )
+            raise ArchipelError(_MADE_BY)
         if facts.get("format", FORMAT) > FORMAT:
             raise ArchipelError(
                 f"this export has format {facts['format']}, this Archipel reads {FORMAT}: install a newer one"
@@ -277,6 +278,9 @@ class ArchipelPipeline(_Pipeline):  # type: ignore[misc]
             raise ArchipelError("give seeds, or a generator and latents, not both")
         if latents is not None and tuple(latents.shape) != wanted:
             raise ArchipelError(f"latents have shape {tuple(latents.shape)}, this pipeline makes {wanted}")
+        each = generator if isinstance(generator, list) else [generator]
+        if any(not isinstance(one, torch.Generator) for one in each if one is not None):
+            raise ArchipelError("generator must be a torch.Generator or a list of them: give a number as seeds")
         if isinstance(generator, list) and len(generator) != len(prompts):
             raise ArchipelError(f"{len(generator)} generators were given for {len(prompts)} clips")
         if seeds is not None:

@@ -98,16 +98,24 @@ def train_router(
     )
 
 
-def route(run: Run, *, threads: int | None = None, stop: StopFlag | None = None, device: str | None = None) -> None:
+def route(
+    run: Run,
+    *,
+    threads: int | None = None,
+    stop: StopFlag | None = None,
+    device: str | None = None,
+    local: Local | None = None,
+) -> None:
     """Train the router if it is missing, then write ``router/quality.json`` and ``router/calibration.json``.
 
-    The latter comes last and names the sha256 of the weights it was fitted for: after another training it is stale,
-    is not used, and is made again here. Raises MissingStageError where *partition* has not finished.
+    ``local``: how it is computed here (None: as nothing is said). The calibration comes last and names the sha256 of the
+    weights it was fitted for: after another training it is stale, is not used, and is made again here. Raises
+    MissingStageError where *partition* has not finished.
     """
     run.need(run.shard(ROUTER), "partition")
     card = store.read_card(run.expert(ROUTER))
     if card is None or card.get("run") != run.id or not whole(run.expert(ROUTER), card):
-        train_router(run, threads=threads, stop=stop, device=device)
+        train_router(run, threads=threads, stop=stop, device=device, local=local)
     if _routed(run):
         return
     with log_to(run.log("route")), store.lock(run.root / ".locks" / "route.lock", f"route of {run.root}"):
