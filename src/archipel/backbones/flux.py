@@ -54,8 +54,8 @@ def unpack(tokens: Tensor, like: Tensor, patch: int = 1) -> Tensor:
 def shortened(cond: Conditioning) -> Conditioning:
     """Without the padding that no row of the batch needs (at least one token stays); on a CPU only, where tokens are paid
     for one by one: elsewhere looking at the mask would make the host wait, and shapes that change cost more."""
-    if cond.mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return cond
+    if cond.mask.device.type != "cpu" or type(cond.mask) is not Tensor or torch.compiler.is_compiling():
+        return cond  # a fake mask (planning) has nothing to look at: planned is the whole length
     used = cond.mask.any(0).nonzero()
     length = max(1, int(used[-1]) + 1 if len(used) else 0)
     if length == cond.mask.shape[1]:

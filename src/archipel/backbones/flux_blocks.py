@@ -7,7 +7,7 @@ joined to what is next to it; last bits differ there. docs/log.md has what each 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -32,7 +32,7 @@ def quicken(network: nn.Module) -> None:
         if isinstance(module, (FluxSingleTransformerBlock, FluxTransformerBlock)):
             attention: Any = module.attn
             if type(attention.processor) is FluxAttnProcessor:
-                attention.processor = Attention()
+                attention.processor = Attention()  # type: ignore[no-untyped-call]
 
 
 def turn(x: Tensor, rotary: Rotary) -> Tensor:
@@ -40,16 +40,17 @@ def turn(x: Tensor, rotary: Rotary) -> Tensor:
     if len(rotary) < 3 or torch.compiler.is_compiling():  # inductor has no complex numbers to fuse
         from diffusers.models.embeddings import apply_rotary_emb
 
-        turned: Tensor = apply_rotary_emb(x, rotary[:2], sequence_dim=1)
-        return turned
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        both: Any = rotary[:2]
+        turned: Any = apply_rotary_emb(x, both, sequence_dim=1)
+        return cast(Tensor, turned)
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotary[2]).flatten(3).to(x.dtype)
 
 
 class Attention(FluxAttnProcessor):
     """diffusers' processor with rotary embeddings by ``turn``."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -59,8 +60,9 @@ class Attention(FluxAttnProcessor):
     ) -> Any:
         """As diffusers' processor: (B, N, D), and behind it the text's (B, L, D) where there is text."""
         if attn.fused_projections or self._attention_backend is not None or self._parallel_config is not None:
+            theirs: Any = super().__call__
             plain = None if image_rotary_emb is None else image_rotary_emb[:2]
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, plain)
+            return theirs(attn, hidden_states, encoder_hidden_states, attention_mask, plain)
         split = (-1, attn.head_dim)
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, split))
         key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, split))
@@ -74,13 +76,13 @@ class Attention(FluxAttnProcessor):
             value = torch.cat([attn.add_v_proj(encoder_hidden_states).unflatten(-1, split), value], dim=1)
         if image_rotary_emb is not None:
             query, key = turn(query, image_rotary_emb), turn(key, image_rotary_emb)
-        heads = (x.transpose(1, 2) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2)
         mixed = mixed.to(query.dtype)
         if not text:
             return mixed
         assert encoder_hidden_states is not None
-        of_text, of_video = mixed.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        of_text, of_video = mixed.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         of_video = attn.to_out[1](attn.to_out[0](of_video.contiguous()))
         return of_video, attn.to_add_out(of_text.contiguous())
 
@@ -88,8 +90,10 @@ class Attention(FluxAttnProcessor):
 class _Places(FluxPosEmbed):
     """diffusers' tables, kept while the same places are asked for."""
 
-    def forward(self, ids: Tensor) -> Rotary:
-        if ids.device.type != "cpu":  # comparing would make the host wait for the device
+    def forward(self, ids: Tensor) -> Rotary:  # type: ignore[override]
+        # Comparing would make the host wait for a device, and fake tensors (planning) have nothing to compare; tensors of
+        # inference mode cannot be trained with later.
+        if ids.device.type != "cpu" or type(ids) is not Tensor or torch.is_inference_mode_enabled():
             return self._tables(ids)
         known: tuple[Tensor, Rotary] | None = self.__dict__.get("known")
         if known is None or known[0].shape != ids.shape or not torch.equal(known[0], ids):
@@ -102,12 +106,16 @@ class _Places(FluxPosEmbed):
         return cos, sin, torch.complex(cos[:, ::2], sin[:, ::2])[None, :, None]
 
 
-def _joined(*modules: nn.Module) -> bool:
-    """Whether the weights of plain linear layers may be used by themselves: on a CPU, in float32, without gradients."""
-    return all(
-        type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
-        for module in modules
-    )
+_onednn: Any = torch.backends.mkldnn.is_available
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether ``_linear_gelu`` may stand for a layer and the gelu behind it: a linear one without adapters, on a CPU with
+    oneDNN, in float32, where no gradient is wanted."""
+    if torch.is_grad_enabled() or type(layer) is not nn.Linear or torch.is_autocast_enabled("cpu"):
+        return False
+    on_cpu = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    return on_cpu and bool(_onednn()) and not torch.compiler.is_compiling()
 
 
 def _linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -125,16 +133,16 @@ class _SingleBlock(FluxSingleTransformerBlock):
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.training or torch.is_grad_enabled() or not _joined(self.proj_mlp) or torch.is_autocast_enabled("cpu"):
-            done: tuple[Tensor, Tensor] = super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-            return done
+        if self.training or not _plain(self.proj_mlp):
+            theirs: Any = super().forward
+            done = theirs(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+            return cast(tuple[Tensor, Tensor], done)
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb))[:, None].chunk(3, dim=2)
         entered = torch.addcmul(shift, self.norm.norm(x), 1 + scale)
-        mixed = self.attn.processor(
-            self.attn, entered, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+        attention: Any = self.attn
+        mixed = attention.processor(
+            attention, entered, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
         )
         left = self.proj_out(torch.cat([mixed, _linear_gelu(entered, self.proj_mlp)], dim=2))
         x = torch.addcmul(x, gate, left)
