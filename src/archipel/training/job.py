@@ -160,7 +160,9 @@ class _Job:
             if build not in builds[-1:]:
                 builds.append(build)
             if self.local.precision != FLOAT32 and self.local.device == "cpu" and self.ranks.first:
-                _warn("bfloat16 on a CPU can be a hundred times slower than float32: meant for trying it out")
+                _warn(
+                    "bfloat16 on a CPU is hardly ever faster than float32, and can be a hundred times slower: meant for trying it out"
+                )
             objective = make(shard, str(self.local.device))
             outcome = fit(
                 objective,
