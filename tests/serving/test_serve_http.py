@@ -169,6 +169,7 @@ def test_a_browser_logs_in_with_a_cookie_and_only_its_own_pages_act(serve: Serve
         del client.headers["Authorization"]
         page = client.get("/docs", headers={"accept": "text/html"})
         assert page.url.path == "/login" and "<script" not in page.text
+        assert page.headers["referrer-policy"] == "same-origin"  # with none, browsers send the form with "Origin: null"
         assert client.post("/login", data={"key": "wrong"}).status_code == 401
         answer = client.post("/login", data={"key": ONE}, follow_redirects=False)
         cookie = answer.headers["set-cookie"].lower()

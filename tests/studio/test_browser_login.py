@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.studio.conftest import KEY, Studio
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]  # the first one waits for a training
 
 
 @pytest.fixture(scope="module")

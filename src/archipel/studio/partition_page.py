@@ -59,7 +59,7 @@ def folder_of(context: StudioContext) -> "Run | None":
 
 
 def _of_bucket(context: StudioContext) -> Callable[[], Partition]:
-    held: list["Bucket"] = []
+    held: list[Bucket] = []
 
     def ask() -> Partition:
         from archipel.islands.bucket import Bucket
