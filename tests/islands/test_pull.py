@@ -225,6 +225,27 @@ def test_with_admit_every_committed_job_is_asked_about_first(harbour: Any, tmp_p
     assert done.notes == ["expert 2 was refused (loss): no better than silence"]
 
 
+def test_the_folders_own_trust_counts_when_pull_admits(
+    harbour: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    harbour.commit("0")
+    own, given, asked = tmp_path / "new" / "trust.toml", tmp_path / "other.toml", []
+    brought(harbour, own.parent)
+    own.write_text("[loss]\nbar = 0.9\n")
+
+    def admit(url: str, name: str, *, trust: Path | None, **_: Any) -> Any:
+        asked.append(trust)
+        return SimpleNamespace(as_dict=lambda: {"admitted": False, "rule": "loss", "detail": ""})
+
+    monkeypatch.setattr("archipel.islands.admission.admit", admit)
+    for more in ([], ["--trust", str(given)]):
+        with pytest.raises(SystemExit):
+            cli.main(["pull", harbour.url, str(own.parent), "--admit", *more])
+    assert asked == [own, given]
+
+
 def test_it_stops_where_it_is_asked_to(harbour: Any, tmp_path: Path) -> None:
     with StopFlag() as stop:
         stop.limit(1e-9)
