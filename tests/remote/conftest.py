@@ -84,7 +84,18 @@ def offered(run: Run, island: Island, url: str, **over: Any) -> None:
     known.record(
         run.root / known.FOLDER,
         Admission(
-            run.id, "2", url, island.version, "ada", "velocity", list(shapes.latent), list(shapes.text), False, 4, 20, ""
+            run.id,
+            "2",
+            url,
+            island.version,
+            "ada",
+            "velocity",
+            list(shapes.latent),
+            list(shapes.text),
+            False,
+            4,
+            20,
+            "",
         ),
     )
 

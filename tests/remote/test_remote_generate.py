@@ -78,7 +78,9 @@ def test_a_clip_of_more_steps_than_the_island_makes_is_made_step_by_step(served:
     assert served.asked[before:] == ["/v1/velocity"] * 21
 
 
-def test_an_expert_that_is_here_is_not_asked_elsewhere(root: Path, served: Counted, apart: Apart, island: Island) -> None:
+def test_an_expert_that_is_here_is_not_asked_elsewhere(
+    root: Path, served: Counted, apart: Apart, island: Island
+) -> None:
     run, before = apart(served.url), len(served.asked)
     (run.root / "experts" / "2").symlink_to(root / "experts" / "2")
     _latents(run.root, "full")
@@ -132,8 +134,22 @@ def test_a_changed_card_must_be_admitted_again(served: Counted, apart: Apart, is
 
 
 def test_a_killed_island_is_left_out_and_said_so(root: Path, apart: Apart, island: Island, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "archipel.cli", "serve", str(root), "--expert", "2", "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**_environment(), "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "archipel.cli",
+        "serve",
+        str(root),
+        "--expert",
+        "2",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**_environment(), "OMP_NUM_THREADS": "1"}
+    )
     try:
         assert process.stderr is not None
         url = next(found[1] for line in process.stderr if (found := re.search(r"listening on (http://\S+)", line)))
@@ -176,14 +192,17 @@ class Failing:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.left -= 1
         if self.left >= 0:
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         await send({"type": "http.response.start", "status": 500, "headers": []})
         await send({"type": "http.response.body", "body": b"out of order"})
 
 
 @pytest.mark.parametrize("strategy", ["top1", "ancestral", "random", "uniform"])
 def test_every_strategy_goes_on_with_the_others(strategy: str, island: Island, apart: Apart) -> None:
-    with listening(Failing(App(island, [TOKEN], Bounds(rows=4)), 0 if strategy in ("ancestral", "random") else 1)) as url:
+    with listening(
+        Failing(App(island, [TOKEN], Bounds(rows=4)), 0 if strategy in ("ancestral", "random") else 1)
+    ) as url:
         latents, trace, _ = _latents(apart(url).root, strategy, steps=4)
     assert np.isfinite(latents).all() and "out of order" in trace.lost[2][1]
     weights = trace.per_step("euler")
@@ -215,4 +234,7 @@ def test_two_clips_at_once_have_connections_of_their_own(served: Counted, apart:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(np.array_equal(made[seed], archipelago.generate("a", strategy="full", steps=3, seed=seed).clips) for seed in made)
+    assert all(
+        np.array_equal(made[seed], archipelago.generate("a", strategy="full", steps=3, seed=seed).clips)
+        for seed in made
+    )

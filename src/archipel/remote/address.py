@@ -51,6 +51,8 @@ class Origin:
 
 def parse(url: str, where: str) -> Origin:
     """The origin of ``url``, which ``where`` (a key of site.toml) gives. Raises ConfigError; credentials are not repeated."""
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        raise ConfigError(f"{where} holds characters that no URL has (a name in other letters is written as xn--...)")
     try:
         parts = urlsplit(url)
         port, host = parts.port, (parts.hostname or "").removesuffix(".")
@@ -118,9 +120,9 @@ def _refused(text: str, origin: Origin, private: bool) -> str:
     for one in addresses:
         if one.is_link_local or one in _METADATA:
             return f"{text} is a link-local or metadata address, which is never asked"
-        if one.is_unspecified or one.is_multicast or (one.is_reserved and one not in _NAT64[0]):
-            return f"{text} is not the address of a single machine"
     own = addresses[-1]
+    if own.is_unspecified or own.is_multicast or (own.is_reserved and not own.is_loopback):
+        return f"{text} is not the address of a single machine"
     if own.is_loopback:
         if origin.here or (private and origin.scheme == "https"):
             return ""
