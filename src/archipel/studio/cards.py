@@ -54,11 +54,11 @@ def empty(text: str) -> str:
     return f'<div class="nothing-yet"><span class="still" aria-hidden="true"></span><p>{escape(text)}</p></div>'
 
 
-def settings(job: Job) -> str:
+def settings(job: Job, who: bool = True) -> str:
     """How a clip is or was made, as chips."""
     said = job.settings
     chips = [
-        title(said["strategy"]),
+        *([title(said["strategy"])] if who else []),
         f"guidance {said['guidance']:g}",
         f"{said['steps']} {'step' if said['steps'] == 1 else 'steps'}",
         f"seed {job.seed}",
@@ -108,8 +108,8 @@ def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
         if mean >= 0.005
     )
     return (
-        f'<figure class="weights"><svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" role="img" '
-        f'aria-label="Shares of the experts over {len(rows)} steps. {escape(label)}">{"".join(bands)}</svg>'
+        f'<figure class="weights"><svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" '
+        f'shape-rendering="crispEdges" role="img" aria-label="Shares of the experts over {len(rows)} steps. {escape(label)}">{"".join(bands)}</svg>'
         f'<figcaption><span class="ends"><span>noise</span><span>clip</span></span><ul class="legend">{legend}</ul>'
         "</figcaption></figure>"
     )
@@ -139,21 +139,23 @@ def progress(shot: Shot) -> str:
     )
 
 
-def clip(shot: Shot, side: int, *, prompt: bool = True, drawing: bool = True, head: str = "") -> str:
-    """A whole card: head, clip (or progress, or what went wrong), weights, settings."""
+def clip(shot: Shot, side: int, *, alone: bool = True) -> str:
+    """A whole card: clip (or progress, or what went wrong), prompt, weights, settings; beside others it has its strategy as its
+    head, and what all have in common is left out."""
     job = shot.job
-    parts = [f"<h3>{escape(head)}</h3>"] if head else []
+    parts = [] if alone else [f"<h3>{escape(title(job.settings['strategy']))}</h3>"]
     if job.status == COMPLETED:
         parts.append(f'<div class="frame">{video(job, side)}</div>')
     elif job.status == FAILED:
         parts.append(notice(job.error_message or "the clip could not be made"))
     else:
         parts.append(progress(shot))
-    if prompt:
+    if alone:
         parts.append(f'<p class="prompt">{escape(job.prompt).replace(chr(10), "<br>")}</p>')
-    if job.status == COMPLETED and drawing:
+    if job.status == COMPLETED:
         parts.append(weights(shot.trace, job.settings["strategy"]))
-    parts.append(settings(job))
+    if alone:
+        parts.append(settings(job))
     if job.status == COMPLETED:
         parts.append(f'<div class="under"><span class="quiet">{cost(shot.trace)}</span>{download(job)}</div>')
     return f'<article class="card clip-card">{"".join(parts)}</article>'
@@ -161,11 +163,11 @@ def clip(shot: Shot, side: int, *, prompt: bool = True, drawing: bool = True, he
 
 def side_by_side(shots: Sequence[Shot], side: int) -> str:
     """Several clips of one noise, each under its strategy's name, and what each cost beside the dearest."""
-    cards = "".join(clip(shot, side, prompt=False, head=title(shot.job.settings["strategy"])) for shot in shots)
+    cards = "".join(clip(shot, side, alone=False) for shot in shots)
     first = shots[0].job
     return (
-        f'<div class="compared"><p class="prompt">{escape(first.prompt)}</p><p class="quiet">All from the same noise: seed '
-        f'{first.seed}.</p><div class="row-of-clips">{cards}</div>{costs(shots)}</div>'
+        f'<div class="compared"><p class="prompt">{escape(first.prompt)}</p><p class="quiet">All from the same noise.</p>'
+        f'{settings(first, who=False)}<div class="row-of-clips">{cards}</div>{costs(shots)}</div>'
     )
 
 

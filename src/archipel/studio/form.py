@@ -94,7 +94,7 @@ def numbers(context: StudioContext) -> dict[str, Any]:
             min(sample.steps, limits.steps),
             step=1,
             label="Steps",
-            info="more: finer, slower",
+            info="more is slower",
             buttons=["reset"],
         )
     seed = gr.Textbox(
