@@ -93,8 +93,8 @@ def generate(
     """Generate clips from a prompt: archipel generate "a party popper" -o clip.mp4 (or RUN and a prompt)"""
     words = list(words or [])
     if arms:
-        given = {"--image": image, "--last-image": last_image, "--prompts": prompts, "--memory": memory, "--host": host}
-        given |= {"--safe": safe or None, "--blocklist": blocklist}
+        given: dict[str, object] = {"--image": image, "--last-image": last_image, "--prompts": prompts}
+        given |= {"--memory": memory, "--host": host, "--safe": safe or None, "--blocklist": blocklist}
         return _arms(words, run, [name for name, value in given.items() if value is not None])
     where, texts = (_run_of(words, run), _read(prompts)) if prompts else _run_and_prompt(words, run)
     clips = len(texts) * count
