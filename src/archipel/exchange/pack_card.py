@@ -26,7 +26,7 @@ def write(run: Run, made: Path, facts: Mapping[str, Any]) -> str:
     cards = {name: store.read_card(made / run.expert(name).relative_to(run.root)) or {} for name in _parts(run)}
     whole = model_card.sections(run, cards, [], str(facts["licence"]))
     parts = [
-        whole["head"],
+        whole["head"].replace("library_name: diffusers", "library_name: archipel"),
         _intro(run, facts, cards),
         _use(run, facts),
         _shown(run, facts),
@@ -120,7 +120,11 @@ def _hours(run: Run) -> str:
             told.append(f"{what} {seconds / 3600:.2f} hours")
     build = mapping((store.read_card(run.expert("0")) or {}).get("build"))
     where = f" ({build.get('cpu') or build.get('device')}, torch {build.get('torch')}, {build.get('threads')} threads a process)"
-    return f"\n\nTraining took {', '.join(told)} of process time{where if build else ''}." if told else ""
+    return (
+        f"\n\nTraining took {', '.join(told)} on the clock, summed over processes{where if build else ''}."
+        if told
+        else ""
+    )
 
 
 def _scores(run: Run) -> str:
