@@ -14,7 +14,7 @@ help:
 	@echo "make check        ruff, types, import directions"
 	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
 	@echo "make test-ray     the tests with a Ray cluster on this machine"
-	@echo "make bench        the head-to-heads"
+	@echo "make bench        the head-to-heads, all of them; .venv/bin/python -m bench --goals: those that have a goal of speed"
 	@echo "make faults       every fault of docs/reliability.md, in full counts (half an hour; root for full disks)"
 	@echo "make docs         the generated pages of docs/"
 

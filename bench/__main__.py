@@ -76,7 +76,7 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
         "ratio, wall": spread(row["wall"]),
         "ratio, CPU": spread(row["cpu"]),
         "rounds": row["rounds"],
-        "aim": f"at most {row['aim']:g}" if row["aim"] is not None else "",
+        "aim": f"at most {row['aim']:.4g}" if row["aim"] is not None else "",
         "met": {None: "", True: "yes", False: "**no**"}[row["met"]] + (" (CPU)" if judged_by_cpu else ""),
     }
 
