@@ -163,7 +163,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
             )
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(30_000)
+            page.set_default_timeout(120_000)  # nothing here is about speed
             page.watch = Watch(studio.url)
             page.watch.look_at(page)
             watches.append(page.watch)

@@ -141,7 +141,7 @@ class Watch:
         try:
             found = self._ask_store()
         except Exception as error:  # whatever it is, the page says it, and the next look may do
-            said = self._words(error)
+            said, self._bucket = self._words(error), None  # a disk that is mounted again is another folder
             last = self._last
             found = replace(last, away=said, since=last.since or time.time())
         with self._lock:

@@ -6,6 +6,7 @@ What is not there is said in words (``missing``), for whoever looks at a run tha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,17 +204,24 @@ def _expert(reader: Reader, name: str) -> Expert:
 
 
 def _sheet(reader: Reader, which: int) -> tuple[str, tuple[int, int]]:
-    from archipel.report.media import sheet_uri
-
     path, k = reader.run.partition / f"sheet-{which}.png", reader.run.config.partition.k
-    if not path.is_file() or path.is_symlink():
-        return "", (0, 0)
     try:
-        uri, width, height = sheet_uri(path, longest=640 if k <= 6 else 400 if k <= 16 else 256)
+        if not path.is_file() or path.is_symlink():
+            return "", (0, 0)
+        longest = 640 if k <= 6 else 400 if k <= 16 else 256
+        uri, width, height = _drawn(path, path.stat().st_mtime_ns, longest)
     except (OSError, ValueError) as error:
         reader.note(path, error)
         return "", (0, 0)
     return uri, (width, height)
+
+
+@functools.lru_cache(maxsize=128)
+def _drawn(path: Path, written: int, longest: int) -> tuple[str, int, int]:
+    """``report.media.sheet_uri``, once for all who look at one writing of a file."""
+    from archipel.report.media import sheet_uri
+
+    return sheet_uri(path, longest=longest)
 
 
 def _captions(value: Any, which: int) -> tuple[str, ...]:
