@@ -82,3 +82,14 @@ def test_nothing_that_was_written_elsewhere_becomes_markup() -> None:
     one = Cluster(HOSTILE, "t0", Expert(HOSTILE), {"train": 1}, 1.0, (HOSTILE,))
     page = html(Partition((one,), HOSTILE, HOSTILE, ((HOSTILE, HOSTILE),), Expert(HOSTILE), (HOSTILE,)))
     assert "<img" not in page and "&lt;img" in page
+
+
+def test_the_style_sheets_are_package_data() -> None:
+    """An installed studio reads them beside its modules."""
+    import tomllib
+
+    root = Path(__file__).parents[2]
+    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    patterns = listed["archipel"]
+    sheets = [path.relative_to(root / "src" / "archipel") for path in (root / "src/archipel/studio").glob("*.css")]
+    assert sheets and all(any(path.match(pattern) for pattern in patterns) for path in sheets)
