@@ -22,15 +22,20 @@ from archipel.remote.admission import admit
 from archipel.run import Run
 from archipel.serving import island as islands
 from archipel.serving.island import App, Bounds, Island
+from archipel.training.stage import train
 
-_FORGE = str(Path(__file__).parents[1] / "islands" / "forge.py")
+_RUNS = str(Path(__file__).parents[1] / "training" / "runs.py")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two experts that were trained for seconds, with shards."""
-    root: Path = runpy.run_path(_FORGE)["make_run"](tmp_path_factory.mktemp("trained") / "run").root
-    return root
+    """A run with shards of two experts, the first of which was trained, for seconds."""
+    run: Run = runpy.run_path(_RUNS)["make_run"](tmp_path_factory.mktemp("trained") / "run")
+    card = json.loads((run.shard("0") / "card.json").read_text())
+    counts = {"train": 12, "validation": 4}
+    store.write_card(run.shard("0"), "shard", run.id, list(card["files"]), cluster=card["cluster"], counts=counts)
+    train(run, "0", threads=1)
+    return run.root
 
 
 class Door:
