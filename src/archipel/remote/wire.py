@@ -167,7 +167,7 @@ def text_of(found: Mapping[str, np.ndarray], rows: int, shapes: Shapes) -> dict[
     mask = found.get("mask")
     most = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
     if most > L:
-        raise MalformedError(f"a text of {most} tokens: this run's have {L}")
+        raise MalformedError(f"a mask of {most} tokens: this run's texts have {L}")
     mask = expect(found, "mask", (rows, most), "BOOL")
     tokens = expect(found, "tokens", (rows, most, D), "F32", "F16")
     pooled = expect(found, "pooled", (rows, P), "F32", "F16")
