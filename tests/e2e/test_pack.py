@@ -16,27 +16,29 @@ from archipel.ensemble.pipeline import Archipelago
 from archipel.errors import ArchipelError
 from archipel.exchange import pack as packing
 from archipel.exchange import sheets
+from archipel.islands import trust
 from archipel.run import Run
 
 pytestmark = pytest.mark.slow
 Inside = Callable[..., tuple[int, str]]
 
 # The run's router has seen twenty steps: whether it beats the clusters' shares is not what is tested here.
-TRUST = "[loss]\nbar = 1.0\noverall = 10.0\nrouter = 1.0\n"
+RULES = trust.Trust(loss=trust.Loss.model_construct(required=True, bar=1.0, overall=10.0, router=5.0, tolerance=0.02))
 
 
 @pytest.fixture(scope="module")
 def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pack") / "a run"
     shutil.copytree(finished, folder)
-    (folder / "trust.toml").write_text(TRUST)
     return folder
 
 
 @pytest.fixture(scope="module")
 def packed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("box") / "shapes"
-    done = packing.pack(run, folder, licence="CC0-1.0", command="make it", commit="0123abc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "find", lambda *_: trust.Source(RULES, None))
+        done = packing.pack(run, folder, licence="CC0-1.0", command="make it", commit="0123abc")
     assert done.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return folder
 
@@ -154,7 +156,6 @@ def test_a_run_that_may_not_ship_is_refused_and_leaves_nothing(
     if fault == "loss":
         monkeypatch.setenv("ARCHIPEL_TRUST", str(tmp_path / "strict.toml"))
         (tmp_path / "strict.toml").write_text("[loss]\nbar = 0.001\n")
-        monkeypatch.setattr(packing.trust, "FILE", "none.toml")
     if fault == "monolith":
         monkeypatch.setattr(Run, "done", lambda self, folder: folder.name != "monolith")
     with pytest.raises(ArchipelError, match=said[fault]):
