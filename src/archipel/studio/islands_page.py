@@ -126,7 +126,9 @@ def _row(job: Job, held: bool) -> str:
     cells = [
         f'<th scope="row"><i class="key {job.tone}" aria-hidden="true"></i>{label}</th>',
         f'<td><span class="state {escape(job.state)}" title="{escape(STATES.get(job.state, ""))}">{state}</span></td>',
-        f'<td class="{"" if job.holder else "none"}" data-label="held by">{escape(job.holder or "–")}</td>' if held else "",
+        f'<td class="{"" if job.holder else "none"}" data-label="held by">{escape(job.holder or "–")}</td>'
+        if held
+        else "",
         _number("attempt", str(job.attempt) if job.attempt else None),
         f'<td class="steps">{meter}<span class="quiet">{job.step:,} of {job.steps:,}{speed}</span></td>',
         _number("loss", None if job.loss is None else number(job.loss)),
