@@ -101,7 +101,8 @@ def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
                 bands.append(f'<rect class="{tone(number)}" {place}/>')
             y += high
     means = [sum(row[number] for row in rows) / len(rows) for number in range(k)]
-    label = "; ".join(f"expert {number}: {mean:.0%} on average" for number, mean in enumerate(means) if mean >= 0.005)
+    said = "; ".join(f"expert {number}: {mean:.0%} on average" for number, mean in enumerate(means) if mean >= 0.005)
+    label = escape(f"Shares of the experts over {len(rows)} steps. {said}")
     legend = "".join(
         f'<li><i class="key {tone(number)}"></i><span>Expert {number} <b>{mean:.0%}</b></span></li>'
         for number, mean in enumerate(means)
@@ -109,7 +110,7 @@ def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
     )
     return (
         f'<figure class="weights"><svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" '
-        f'shape-rendering="crispEdges" role="img" aria-label="Shares of the experts over {len(rows)} steps. {escape(label)}">{"".join(bands)}</svg>'
+        f'shape-rendering="crispEdges" role="img" aria-label="{label}">{"".join(bands)}</svg>'
         f'<figcaption><span class="ends"><span>noise</span><span>clip</span></span><ul class="legend">{legend}</ul>'
         "</figcaption></figure>"
     )

@@ -4,10 +4,11 @@ one key, a strict Content-Security-Policy, and a first page that names no other 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -34,6 +35,7 @@ _ACTS = re.compile(rf"{_API}/(queue/join|cancel|reset|upload)")
 _STILL = re.compile(r"/assets/|/static/")  # the same for everybody, with a hash in its name or no secret in it
 _SESSIONS = 10_000
 _STREAMS = 512  # of events and heartbeats at once
+_LOOK, _LAST_WORDS = 0.5, 1.0  # seconds between looks whether the server stops, and to say so
 _SMALL = 256 << 10  # bytes of what a page sends, but for pictures
 _UPLOADS = 256 << 20  # bytes of pictures that may lie in the temporary folder
 _ELSEWHERE = re.compile(
@@ -43,10 +45,13 @@ _ELSEWHERE = re.compile(
 
 class Doors:
     """ASGI application around gradio's. ``head``: put into the page's head; ``temporary``: where gradio keeps uploads;
-    ``takes_image``: whether uploads are of any use."""
+    ``stopping``: whether the server has been asked to end."""
 
-    def __init__(self, app: ASGIApp, service: Service, temporary: Path, head: str, takes_image: bool) -> None:
-        self.app, self.temporary, self.head, self.takes_image = app, temporary, head, takes_image
+    def __init__(
+        self, app: ASGIApp, service: Service, temporary: Path, head: str, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.app, self.temporary, self.head, self.stopping = app, temporary, head, stopping
+        self.takes_image = service.offer.takes_image  # else uploads are of no use
         self._bodies = Bodies(service)
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._streams = asyncio.Semaphore(_STREAMS)
@@ -84,9 +89,27 @@ class Doors:
             await self._page(scope, receive, answer)
         elif stream:
             async with self._streams:
-                await self.app(scope, receive, answer)
+                await self._stream(scope, receive, answer)
         else:
             await self.app(scope, receive, answer)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Events for as long as the server is there; gradio's would hold it up when it shall stop."""
+        task = asyncio.ensure_future(self.app(scope, receive, send))
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_LOOK)
+                if self.stopping() and not task.done():
+                    await asyncio.wait({task}, timeout=_LAST_WORDS)
+                    break
+        finally:
+            ended = task.done()
+            task.cancel()
+        if ended:
+            await task
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
     async def _body(self, path: str, scope: Scope, receive: Receive) -> bytes:
         """A request's body. Raises Refused: too much or too slow (``gate.Bodies``), or a picture where there is no room."""
@@ -138,12 +161,15 @@ class Doors:
             held.append(message)
 
         await self.app(plain, receive, hold)
-        body = b"".join(message.get("body", b"") for message in held[1:]).decode("utf-8")
+        start = next(message for message in held if message["type"] == "http.response.start")
+        body = b"".join(
+            message.get("body", b"") for message in held if message["type"] == "http.response.body"
+        ).decode()
         body = _ELSEWHERE.sub("", body).replace("</head>", f"{self.head}</head>", 1)
         body = body.replace('"https://gradio.app/"', '""')
         data = body.encode()
-        headers = [(k, v) for k, v in held[0]["headers"] if k.lower() != b"content-length"]
-        await send({**held[0], "headers": [*headers, (b"content-length", str(len(data)).encode())]})
+        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+        await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
         await send({"type": "http.response.body", "body": data})
 
 

@@ -105,7 +105,7 @@ def _mount(app: Any, context: StudioContext, temporary: Path) -> None:
     )
     head = f'<title>{escape(page.TITLE)}</title><link rel="icon" href="{_ICON}"><style>{widgets.sheet()}</style>'
     route = app.router.routes[-1]
-    route.app = Doors(route.app, context.service, temporary, head, context.service.offer.takes_image)
+    route.app = Doors(route.app, context.service, temporary, head, stopping)
 
     def without_slash() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/", 303)
