@@ -104,7 +104,8 @@ def numbers(context: StudioContext) -> dict[str, Any]:
 
 
 def captions(context: StudioContext, count: int = 5) -> list[str]:
-    """Captions of the run's training clips, from all over its clusters: what it knows how to make. [] where none are at hand."""
+    """Captions of the run's training clips, from all over its clusters: what it knows how to make. [] where
+    none are at hand or shown."""
     from archipel import box
     from archipel.errors import ArchipelError
     from archipel.manifest import read_manifest
@@ -113,6 +114,8 @@ def captions(context: StudioContext, count: int = 5) -> list[str]:
     if context.run is None:
         with contextlib.suppress(ArchipelError, OSError, KeyError, TypeError):
             return list(box.facts(Path(context.where))["examples"]["captions"])[:count]
+        return []
+    if not context.show_clips:
         return []
     try:
         clips = read_manifest(context.run.manifest)
