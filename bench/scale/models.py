@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from archipel import config
 from archipel.run import Run
@@ -58,6 +57,8 @@ def _ensemble(work: Path, k: int) -> Path:
 
 
 def _sample(work: Path, k: int, memory: int | None) -> dict[str, float]:
+    import torch
+
     from archipel.backbones import flops
     from archipel.contracts import Conditioning
     from archipel.ensemble.parts import Parts
@@ -97,13 +98,13 @@ def _shaped(frames: int, size: int) -> config.RunConfig:
 
 
 def _step(settings: config.RunConfig) -> dict[str, float]:
+    import tempfile
+
     from archipel.backbones.registry import build_expert
     from archipel.training.batches import open_shard
     from archipel.training.loop import Settings, Trainer
     from archipel.training.objective import FlowObjective
     from bench.training_step import make_shard
-
-    import tempfile
 
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -127,14 +128,14 @@ def _tokens(settings: config.RunConfig) -> int:
 
 
 def _codec(settings: config.RunConfig) -> dict[str, float]:
-    from archipel.encoders.codecs import PatchPCA
+    import torch
+
+    from archipel.encoders.codecs import PatchPCA, from_uint8
 
     found: dict[str, float] = {}
     clips = np.random.default_rng(0).integers(
         0, 256, (4, settings.clips.frames, settings.clips.size, settings.clips.size, 3), np.uint8
     )
-    from archipel.encoders.codecs import from_uint8
-
     width = 3 * int(np.prod(settings.codec.patch))
     basis = torch.linalg.qr(torch.randn(width, settings.codec.channels, generator=torch.Generator().manual_seed(0)))[0]
     codec = PatchPCA(
@@ -156,6 +157,8 @@ def step_size(_: Path, size: int) -> dict[str, float]:
 
 
 def _forward(settings: config.RunConfig) -> dict[str, float]:
+    import torch
+
     from archipel.backbones.registry import build_expert
     from archipel.ensemble.strategies import Mixture, one_each
     from archipel.flow import samplers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from archipel.partition import balance, controls, kmeans, points, quality
+from archipel.partition import balance, controls, kmeans, points, quality, stage
 from archipel.partition.stage import partition, unit_scale
 
 Make = Callable[..., Any]
@@ -20,6 +20,7 @@ Make = Callable[..., Any]
 def by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(points, "HELD", 0)
     monkeypatch.setattr(kmeans, "HELD", 0)
+    monkeypatch.setattr(stage, "HELD", 0)
     monkeypatch.setattr(points, "BLOCK", 11)
 
 

@@ -74,13 +74,14 @@ class Points:
     """Points (N, D) of raw features around ``mean`` (D,): held where they take at most ``HELD`` bytes."""
 
     def __init__(self, raw: Table, mean: np.ndarray) -> None:
-        self._raw, self._mean, self.shape = raw, mean, (len(raw), raw.shape[1])
+        self._mean, self.shape = mean, (len(raw), raw.shape[1])
+        self._raw: Table | None = raw
         self._held: np.ndarray | None = None
         if 8 * self.shape[0] * self.shape[1] <= HELD:
             held = np.empty(self.shape)
             for part in blocks(len(self)):
                 held[part] = project(raw[part], mean)
-            self._held = held
+            self._held, self._raw = held, None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -88,6 +89,7 @@ class Points:
     def __getitem__(self, rows: Any) -> np.ndarray:
         if self._held is not None:
             return np.asarray(self._held[rows])
+        assert self._raw is not None
         return project(self._raw[rows], self._mean)
 
 

@@ -17,7 +17,7 @@ from archipel.manifest import SPLITS, Clip, read_manifest, rows_of
 from archipel.partition import balance, controls, kmeans, quality
 from archipel.partition.assignment import load_assignment, nearest
 from archipel.partition.kmeans import Centroids, Groups
-from archipel.partition.points import Points, Side, Table, blocks, total
+from archipel.partition.points import HELD, Points, Side, Table, blocks, total
 from archipel.partition.shards import write_shards
 from archipel.partition.sheets import write_sheets
 from archipel.progress import Progress, StopFlag, log_to
@@ -126,8 +126,12 @@ class Clustering:
             raise ArchipelError(
                 "no clip is in the training split: give more clips, or a larger first share in clips.split"
             )
-        mean = (total(features, self.train) / len(self.train)).astype(np.float32)
-        self.points = Points(features, mean)
+        raw: Table = (
+            features[:] if 8 * len(features) * features.shape[1] <= HELD else features
+        )  # read once, where it fits
+        mean = (total(raw, self.train) / len(self.train)).astype(np.float32)
+        self.points = Points(raw, mean)
+        del raw
         groups = kmeans.gather(self.points, [clips[row].group for row in self.train], self.train)
         self.centroids, owner, self.moved = assign_training(groups, mean, config, config.partition_seed)
         self.offset = np.zeros(config.partition.k, np.float32)
