@@ -27,9 +27,9 @@ class Law:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Law | None:
-    """Least squares in logarithms over the last ``LAST`` points above zero; None below two of them."""
+    """Least squares in logarithms over the last ``LAST`` points above zero; None where there are fewer."""
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a > 0 and b > 0][-LAST:]
-    if len(pairs) < 2:
+    if len(pairs) < LAST:
         return None
     logs = np.log(np.array(pairs, np.float64))
     power, constant = np.polyfit(logs[:, 0], logs[:, 1], 1)

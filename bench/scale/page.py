@@ -19,7 +19,7 @@ _WALLS = (
     'read) ended in "Too many open files" | at most 64 open for each tensor, whatever their number |\n'
     "| shard reading | rows were dealt to shards by a search through all rows for each shard | one sort |\n"
     "| prepare | the list of finished shards was written anew after each: quadratic in shards | one line a shard |\n"
-    "| partition | features, points and groups in float64, all in memory: 5 copies of N x D x 8 bytes | by block beyond 256 MiB each |\n"
+    "| partition | features, points and groups in float64, all in memory: several times N x D x 8 bytes | by block beyond 256 MiB each |\n"
     "| partition | k-means on all groups | on a sample beyond 20,000 groups (256 for each fine centroid, where that is more) |\n"
     "| partition | N x (fine centroids) distances at once | by block |\n"
     "| evaluation | probe: eigenvectors of (training clips)^2 | of (features)^2 beyond 4,096 clips; PCA and probe on at most 20,000 |\n"
@@ -129,7 +129,7 @@ def write(record: dict[str, Any], out: Path) -> Path:
         "",
         "Made by `python -m bench.scale` (a second call goes on where the first ended). Every point is a process of its own on one",
         "thread; peak memory is what it held at most beyond what it began with (VmHWM), mapped pages counted. Laws go through the",
-        "last three points in logarithms; the residual is the largest relative error there. What was not measured is fitted.",
+        "last three points in logarithms; the residual is the largest relative error there. Fewer than three points give no law.",
         "",
         f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}; {', '.join(f'{a} {b}' for a, b in facts['versions'].items())}.",
         f"Measured on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} at a load beyond ours of {min(loads):.0f} to {max(loads):.0f}: "
