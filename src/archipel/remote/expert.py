@@ -19,7 +19,7 @@ from archipel.remote.link import Link
 from archipel.remote.wire import Shapes
 
 # Root mean squares that are still believed. A velocity is noise minus clip, both of about unit variance: 1.4; where the state has
-# run away under guidance it grows with it. Trained experts reach MEASURED of the first bound (docs/remote.md).
+# run away under guidance it grows with it. Chosen by that reasoning, with room.
 MOST_VELOCITY = 8.0  # times (1 + rms(x)) (|a| + |b|), and over max(t, T_FLOOR) for networks that predict x0
 MOST_LATENT = 16.0  # of a whole clip
 T_FLOOR = 0.05  # v = (x - x0) / t magnifies an error by 1 / t at most so much before a head is not to blame
