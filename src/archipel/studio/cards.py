@@ -76,8 +76,7 @@ def video(job: Job, side: int) -> str:
 
 
 def download(job: Job) -> str:
-    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in job.prompt.lower())[:40].strip("-") or "clip"
-    return f'<a class="download" href="/v1/videos/{job.id}/content" download="{name}-{job.seed}.mp4">Download MP4</a>'
+    return f'<a class="download" href="/v1/videos/{job.id}/content" download>Download MP4</a>'
 
 
 def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
