@@ -31,7 +31,7 @@ class MissingStageError(ArchipelError):
     """A stage needs files of an earlier stage that are not there yet."""
 
 
-class ExpertLost(ArchipelError):
+class LostExpertError(ArchipelError):
     """An expert on another machine does not answer, or answers with what cannot be used; ``reason``: a part of a sentence.
 
     Sampling can go on with the others."""

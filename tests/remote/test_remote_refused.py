@@ -14,7 +14,7 @@ import torch
 from tests.remote.conftest import TOKEN, Counted
 
 from archipel.contracts import Conditioning
-from archipel.errors import ArchipelError, ConfigError, ExpertLost
+from archipel.errors import ArchipelError, ConfigError, LostExpertError
 from archipel.islands import site
 from archipel.remote import address, wire
 from archipel.remote.address import Origin
@@ -81,7 +81,7 @@ def _ask(island: Island, url: str, *, token: str = TOKEN, seconds: float = 20.0,
 
 
 def _lost(island: Island, url: str, words: str, **more: Any) -> None:
-    with pytest.raises(ExpertLost, match=words):
+    with pytest.raises(LostExpertError, match=words):
         _ask(island, url, **more)
 
 
@@ -232,7 +232,7 @@ def test_a_lost_expert_stays_lost(island: Island, scripted: Any) -> None:
     L, D, P = island.shapes.text
     cond = Conditioning(torch.zeros(1, L, D), torch.zeros(1, L, dtype=torch.bool), torch.zeros(1, P))
     for _ in range(2):
-        with pytest.raises(ExpertLost):
+        with pytest.raises(LostExpertError):
             expert(torch.zeros(1, *island.shapes.latent), torch.ones(1), cond)
     assert len(server.asked) == 1 and len(told) == 1
 

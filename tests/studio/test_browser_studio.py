@@ -18,10 +18,10 @@ def tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def playing(page: Any, inside: str) -> Any:
-    """The clip of a part of the page, once it can be played."""
-    page.wait_for_selector(f"{inside} video", timeout=120_000)
-    clip = page.locator(f"{inside} video").first
+def playing(page: Any, prompt: str) -> Any:
+    """The clip of ``prompt``, once it can be played."""
+    page.wait_for_selector(f"#stage:has-text('{prompt}') video", timeout=120_000)
+    clip = page.locator("#stage video").first
     clip.evaluate("clip => clip.readyState >= 2 || new Promise(done => clip.addEventListener('loadeddata', done))")
     return clip
 
@@ -29,6 +29,7 @@ def playing(page: Any, inside: str) -> Any:
 def ask(page: Any, prompt: str) -> None:
     box = page.get_by_label(PROMPT)
     box.wait_for()
+    page.wait_for_selector("#stage :is(.clip-card, .nothing-yet)")
     box.fill(prompt)
     box.press("Enter")
 
@@ -37,7 +38,7 @@ def test_a_clip_is_asked_for_by_keyboard_plays_and_downloads(page: Any, shoot: C
     assert page.url.endswith("/studio/")
     page.get_by_label("Seed").fill("7")
     ask(page, "a red ball bounces")
-    clip = playing(page, "#stage")
+    clip = playing(page, "a red ball bounces")
     assert clip.get_attribute("loop") is not None and clip.evaluate("clip => clip.videoWidth") == 64
     said = page.inner_text("#stage")
     assert "a red ball bounces" in said and "seed 7" in said and "expert calls" in said
@@ -54,7 +55,7 @@ def test_the_page_fits_a_telephone_and_a_dark_room(
 ) -> None:
     page = visit(studio, width=NARROW, dark=True)
     ask(page, "a blue square turns")
-    playing(page, "#stage")
+    playing(page, "a blue square turns")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= NARROW, f"{wide} pixels wide"
     shoot(page, "generate-dark")
@@ -104,9 +105,9 @@ def test_a_reload_in_the_middle_finds_the_clip_again(page: Any, shoot: Callable[
     shoot(page, "waiting")
     for name in busy:
         page.request.delete(f"/v1/videos/{name}")
-    playing(page, "#stage")
+    playing(page, "a purple ring")
     page.reload()
-    playing(page, "#stage")  # what was made last is there as well
+    playing(page, "a purple ring")  # what was made last is there as well
 
 
 def test_a_clip_can_be_cancelled(page: Any) -> None:
@@ -122,7 +123,7 @@ def test_a_clip_can_be_cancelled(page: Any) -> None:
 def test_the_gallery_keeps_clips_with_their_settings(page: Any, shoot: Callable[..., Any]) -> None:
     page.get_by_label("Seed").fill("4242")
     ask(page, "a yellow triangle")
-    playing(page, "#stage")
+    playing(page, "a yellow triangle")
     tab(page, "Gallery")
     page.wait_for_selector(".slot video")
     assert "seed 4242" in page.locator(".slot").first.inner_text()
@@ -144,7 +145,7 @@ def test_one_keys_clips_are_not_the_others(
     locked.key = KEY
     page = visit(locked)
     ask(page, "only mine")
-    playing(page, "#stage")
+    playing(page, "only mine")
     locked.key = "other"
     page = visit(locked)
     page.wait_for_selector("#stage .nothing-yet")

@@ -28,7 +28,7 @@ from archipel.contracts import Conditioning, Posterior, Velocity
 from archipel.ensemble.guidance import Composition, branch_weights, combine
 from archipel.ensemble.together import in_one_pass
 from archipel.ensemble.trace import Trace
-from archipel.errors import ArchipelError, ExpertLost
+from archipel.errors import ArchipelError, LostExpertError
 from archipel.flow import draws
 
 __all__ = ["Fixed", "Mixture", "Routed", "Select", "Trace", "Weighting"]
@@ -347,7 +347,7 @@ class Mixture:
             if number in later:
                 try:
                     parts[number] = later[number]()
-                except ExpertLost as error:
+                except LostExpertError as error:
                     self.lose(k, float(t[0]), error.reason)
                     return None
             elif parts[number] is None:

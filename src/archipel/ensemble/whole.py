@@ -15,7 +15,7 @@ from torch import Tensor
 from archipel.contracts import Conditioning
 from archipel.ensemble.settings import Settings
 from archipel.ensemble.strategies import Fixed, Mixture, Trace
-from archipel.errors import ExpertLost
+from archipel.errors import LostExpertError
 from archipel.flow import samplers
 
 
@@ -94,7 +94,7 @@ def _gather(
     for k, rows in away.items():
         try:
             clips = later[k]()
-        except ExpertLost as error:
+        except LostExpertError as error:
             lost.append((k, error.reason))
             continue
         out[rows] = clips.to(out)

@@ -14,7 +14,7 @@ from typing import Any
 from archipel import FORMAT, store
 from archipel.contracts import Velocity
 from archipel.ensemble.parts import RunFolder, Source, open_source
-from archipel.errors import ArchipelError, ExpertLost
+from archipel.errors import ArchipelError, LostExpertError
 from archipel.islands import admission as rules
 from archipel.islands import bundle
 from archipel.islands import trust as trusting
@@ -72,7 +72,7 @@ def admit(where: str | Path, name: str, *, run_id: str | None = None, trust: Pat
     except Refusal as refusal:
         known.forget(folder, name)  # what it is now is not what was admitted
         return Answer(False, refusal.rule, refusal.detail)
-    except ExpertLost as error:
+    except LostExpertError as error:
         raise ArchipelError(f"expert {name} at {place.origin} was not admitted: {error.reason}") from error
     finally:
         link.close()
@@ -133,7 +133,7 @@ def _described(data: bytes, run_id: str, name: str) -> _Told:
 
 
 def _measure(velocity: Velocity, card: Card, job: Job, held: Held, trust: Trust) -> str:
-    """The loss rule, through the endpoint. Raises Refusal("loss"), ExpertLost."""
+    """The loss rule, through the endpoint. Raises Refusal("loss"), LostExpertError."""
     from archipel.training import heldout
 
     if not trust.loss.required:

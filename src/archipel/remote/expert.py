@@ -13,7 +13,7 @@ from torch import Tensor
 
 from archipel.contracts import Conditioning
 from archipel.ensemble.settings import Settings
-from archipel.errors import ArchipelError, ExpertLost
+from archipel.errors import ArchipelError, LostExpertError
 from archipel.remote import wire
 from archipel.remote.link import Link
 from archipel.remote.wire import Shapes
@@ -92,7 +92,7 @@ class RemoteExpert:
         return self.combined(x, t, cond, ones, ones * 0)
 
     def combined(self, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor) -> Tensor:
-        """a v(c) + b v(null), like x, for a, b (B,): both branches in one request. Raises ExpertLost."""
+        """a v(c) + b v(null), like x, for a, b (B,): both branches in one request. Raises LostExpertError."""
         return self.ask(x, t, cond, a, b)()
 
     def ask(self, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor) -> Later[Tensor]:
@@ -122,7 +122,7 @@ class RemoteExpert:
 
     def ask_clips(self, seeds: Sequence[int], cond: Conditioning, settings: Settings) -> Later[Tensor]:
         """Latents float32 (B, C, T, H, W) of whole clips that this expert makes alone, on its way: one request for all, or
-        for every ``rows`` of them. Raises ExpertLost when it is asked for."""
+        for every ``rows`` of them. Raises LostExpertError when it is asked for."""
         return Later(lambda: self._guarded(lambda: self._clips(seeds, cond, settings)))
 
     def _clips(self, seeds: Sequence[int], cond: Conditioning, settings: Settings) -> Tensor:
@@ -160,7 +160,7 @@ class RemoteExpert:
         most += wire.HEADER + 8
         headers, answer = self.link.ask("POST", path, data, seconds=seconds, most=most, headers=told)
         if headers.get(wire.VERSION.lower()) != self.offer.version:
-            raise ExpertLost("it is another expert than the one that was admitted: admit it again")
+            raise LostExpertError("it is another expert than the one that was admitted: admit it again")
         return wire.unpack(answer)[0]
 
     def _array(self, found: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Tensor:
@@ -169,13 +169,13 @@ class RemoteExpert:
 
     def _guarded(self, work: Callable[[], Tensor]) -> Tensor:
         if self._lost is not None:
-            raise ExpertLost(self._lost)
+            raise LostExpertError(self._lost)
         try:
             return work()
         except ArchipelError as error:  # an address that may not be asked, a body that is not right, no answer
             self._lost = str(error)
             self._on_lost(self._lost)
-            raise ExpertLost(self._lost) from error
+            raise LostExpertError(self._lost) from error
 
     def close(self) -> None:
         """Give up what is on its way."""
@@ -185,7 +185,7 @@ class RemoteExpert:
 def check_velocity(v: Tensor, x: Tensor, t: Tensor, a: Tensor, b: Tensor, prediction: str) -> None:
     """Hold each row of v (B, ...) = a v(c) + b v(null) at the state x, time t (B,), to the largest that is believed.
 
-    Finite numbers are assumed. Raises ExpertLost.
+    Finite numbers are assumed. Raises LostExpertError.
     """
     bound = MOST_VELOCITY * (1 + _rms(x)) * (a.abs() + b.abs()).float()
     if prediction != "velocity":
@@ -198,7 +198,7 @@ def _check_rms(values: Tensor, bound: Tensor, what: str) -> None:
     wrong = (~(found <= bound.to(found.device))).nonzero()[:, 0]
     if len(wrong):
         row = int(wrong[0])
-        raise ExpertLost(
+        raise LostExpertError(
             f"it answered with a {what} of root mean square {float(found[row]):.3g}, at most {float(bound[row]):.3g} is believed"
         )
 

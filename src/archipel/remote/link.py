@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from archipel.errors import ArchipelError, ExpertLost
+from archipel.errors import ArchipelError, LostExpertError
 from archipel.remote import address
 from archipel.remote.address import Origin
 
@@ -89,7 +89,7 @@ class Link:
         """Headers (lower case) and body, at most ``most`` bytes, of a 200, within ``seconds`` in all.
 
         A server that is busy (429, 503) is asked again while there is time; one that closed a kept connection, once. Raises
-        ExpertLost for any other answer and for none, ArchipelError for an address that may not be asked.
+        LostExpertError for any other answer and for none, ArchipelError for an address that may not be asked.
         """
         told, until, pause = dict(headers or {}), time.monotonic() + seconds, _PAUSE[0]
         with self._lock:
@@ -98,7 +98,7 @@ class Link:
                 if status == 200:
                     return found, data
                 if status not in _AGAIN or time.monotonic() + pause >= until:
-                    raise ExpertLost(_said(status, found, data))
+                    raise LostExpertError(_said(status, found, data))
                 time.sleep(pause)
                 pause = min(2 * pause, _PAUSE[1])
 
@@ -126,10 +126,10 @@ class Link:
                 return self._exchange(method, path, body, told, until, most)
         except TimeoutError as error:
             self._drop()
-            raise ExpertLost(f"{self.origin} did not answer within {seconds:g} s") from error
+            raise LostExpertError(f"{self.origin} did not answer within {seconds:g} s") from error
         except (OSError, http.client.HTTPException, ssl.SSLError) as error:
             self._drop()
-            raise ExpertLost(f"{self.origin} cannot be asked ({_short(error)})") from error
+            raise LostExpertError(f"{self.origin} cannot be asked ({_short(error)})") from error
         except BaseException:
             self._drop()
             raise
@@ -162,7 +162,7 @@ class Link:
 
     def _open(self, until: float) -> tuple[http.client.HTTPConnection, _Timed]:
         if self._closed:
-            raise ExpertLost("the connection was closed")
+            raise LostExpertError("the connection was closed")
         if self._client is not None and self._timed is not None:
             return self._client, self._timed
         raw = self._connected(min(self._connect, max(0.001, until - time.monotonic())))
@@ -208,7 +208,7 @@ class Link:
 
 
 def _too_much(most: int) -> ArchipelError:
-    return ExpertLost(f"it answered with more than the {most} bytes that belong into an answer")
+    return LostExpertError(f"it answered with more than the {most} bytes that belong into an answer")
 
 
 def _said(status: int, headers: Mapping[str, str], data: bytes) -> str:

@@ -71,11 +71,19 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> None:
         if name:
             await desk.cancel(owner_of(request), name)
 
-    gr.on([go.click, prompt.submit, fields["seed"].submit], make, [chosen, *made.components], outputs, **QUIET)
+    loading = blocks.load(resume, None, [*outputs, prompt, chosen], **QUIET)
+    # What is followed since the page was opened would go on drawing over it.
+    gr.on(
+        [go.click, prompt.submit, fields["seed"].submit],
+        make,
+        [chosen, *made.components],
+        outputs,
+        cancels=loading,
+        **QUIET,
+    )
     stop.click(cancel, group, None, **QUIET)
     both.click(lambda: first, None, chosen, **QUIET)
     each.click(lambda: [f"expert-{number}" for number in range(k)][:MOST], None, chosen, **QUIET)
-    blocks.load(resume, None, [*outputs, prompt, chosen], **QUIET)
 
 
 def _several(fields: dict[str, Any], ways: list[str]) -> list[dict[str, Any]]:

@@ -73,9 +73,10 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
             await desk.cancel(owner_of(request), name)
 
     inputs = [*made.components, *([image] if image else [])]
-    gr.on([go.click, prompt.submit, fields["seed"].submit], make, inputs, outputs, **QUIET)
+    loading = blocks.load(resume, None, [*outputs, *made.components], **QUIET)
+    # What is followed since the page was opened would go on drawing over it.
+    gr.on([go.click, prompt.submit, fields["seed"].submit], make, inputs, outputs, cancels=loading, **QUIET)
     stop.click(cancel, group, None, **QUIET)
-    blocks.load(resume, None, [*outputs, *made.components], **QUIET)
     return made
 
 
