@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ def extend(
     @contextlib.contextmanager
     def mounted(app: Any, service: Service) -> Iterator[None]:
         context = StudioContext(archipelago, service, where, run, store, show_clips)
-        with _private_folder() as temporary:
+        with _private_folder(service.worker.folder.parent / "uploads") as temporary:
             _mount(app, context, temporary)
             yield
 
@@ -59,10 +58,12 @@ def extend(
 
 
 @contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Gradio's temporary folder, mode 0700; gone with what lies in it at the end."""
+def _private_folder(folder: Path) -> Iterator[Path]:
+    """Gradio's temporary folder, mode 0700, within the server's own, which is locked: what a killed process left there is
+    removed at the start, and what this one leaves at its end."""
     kept = {name: os.environ.get(name) for name in (*QUIET, "GRADIO_TEMP_DIR")}
-    folder = Path(tempfile.mkdtemp(prefix="archipel-studio-"))  # mode 0700
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
     os.environ.update(QUIET, GRADIO_TEMP_DIR=str(folder))
     try:
         yield folder
@@ -103,6 +104,7 @@ def _mount(app: Any, context: StudioContext, temporary: Path) -> None:
         pwa=False,
         mcp_server=False,
     )
+    _remove_at_end(app, temporary)
     head = f'<title>{escape(page.TITLE)}</title><link rel="icon" href="{_ICON}"><style>{widgets.sheet()}</style>'
     route = app.router.routes[-1]
     route.app = Doors(route.app, context.service, temporary, head, stopping)
@@ -112,3 +114,16 @@ def _mount(app: Any, context: StudioContext, temporary: Path) -> None:
 
     app.get(PATH, include_in_schema=False)(without_slash)
     app.state.home = f"{PATH}/"
+
+
+def _remove_at_end(app: Any, folder: Path) -> None:
+    """With the application: uvicorn ends the process by the signal that it was sent, before any ``finally`` of ours."""
+    before = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[Any]:
+        async with before(app) as state:
+            yield state
+        shutil.rmtree(folder, ignore_errors=True)
+
+    app.router.lifespan_context = lifespan
