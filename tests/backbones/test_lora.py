@@ -87,7 +87,9 @@ def test_a_fresh_adapter_changes_nothing_and_all_of_it_is_trained(name: str, tar
     with torch.no_grad():
         before = one(x, t, cond)
         lora.attach(one, Adapter(4, 8.0, targets), SHA, seed=5)
-        assert torch.equal(one(x, t, cond), before)
+        after = one(x, t, cond)
+    # Not to the bit: a flux block joins a plain layer with the gelu behind it, one with an adapter not.
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
     trained = {key for key, p in one.network.named_parameters() if p.requires_grad}
     shapes = adapters.shapes(dictionary(name), Adapter(4, 8.0, targets))
@@ -217,7 +219,7 @@ def test_forward_and_training_flops_against_the_counter(name: str, targets: str)
 
     def count(one: base.Denoiser, backward: bool, times: int = 1) -> int:
         x = torch.randn(1, shape[0], times * shape[1], *shape[2:])
-        cond = tiny_cond(1, times * L)
+        cond = tiny_cond(2, times * L)[torch.tensor([0])]  # full length: padding is not computed on a CPU
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             output = one.predict(x, torch.rand(1), cond)
             if backward:

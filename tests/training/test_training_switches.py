@@ -277,7 +277,8 @@ def test_one_block_is_compiled_for_all(monkeypatch: pytest.MonkeyPatch, more: di
     for blocks in (2, 4):
         graphs.clear()
         found[blocks] = trained(blocks, compile=True, **more), len(graphs)
-        assert found[blocks][0] == pytest.approx(trained(blocks, **more), rel=1e-6)
+        # In bfloat16 last bits differ: compiled blocks turn queries and keys by real products, others by complex ones.
+        assert found[blocks][0] == pytest.approx(trained(blocks, **more), rel=1e-3 if more else 1e-6)
         torch.compiler.reset()
     assert found[2][1] == found[4][1] > 0
 
