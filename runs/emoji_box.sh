@@ -11,10 +11,10 @@ folder=${2:-box-model}
 make setup
 [ -e "$run/run.toml" ] || .venv/bin/archipel init "$run" --source fluent-emoji --preset long \
   --set run.seed=7 --set clips.frames=16 --set clips.fps=8 --set clips.size=64 --set clips.phases=6 \
-  --set 'clips.split=[0.85,0.05,0.1]' --set 'codec.patch=[8,16,16]' --set codec.channels=320 --set text.tokens=12 \
-  --set partition.features=text --set expert.prediction=x0 --set expert.width=256 --set expert.heads=8 \
-  --set expert.single_blocks=4 --set expert.batch=8 --set expert.lr=2e-3 --set expert.steps=4200 \
-  --set monolith.batch=8 --set monolith.lr=2e-3 --set expert.validate_every=300 --set expert.checkpoint_every=300 \
+  --set 'clips.split=[0.85,0.05,0.1]' --set 'codec.patch=[8,16,16]' --set codec.channels=128 --set text.tokens=12 \
+  --set partition.features=text --set expert.width=256 --set expert.heads=8 \
+  --set expert.single_blocks=4 --set expert.batch=8 --set expert.lr=1.5e-3 --set expert.steps=9000 \
+  --set monolith.batch=8 --set monolith.lr=1.5e-3 --set expert.validate_every=500 --set expert.checkpoint_every=500 \
   --set evaluate.count=69
 .venv/bin/archipel run "$run" --threads 1
 .venv/bin/archipel pack "$run" "$folder" --name emoji --license Apache-2.0 --command runs/emoji_box.sh \
