@@ -101,12 +101,9 @@ class _Enough(Exception):  # noqa: N818
 
 
 def test_a_whole_clip_that_nobody_wants_any_more(served: Counted, apart: Any) -> None:
-    stop = threading.Event()
-
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        stop.set()
 
     def on_step(*_: Any) -> None:
         raise _Enough
@@ -115,6 +112,5 @@ def test_a_whole_clip_that_nobody_wants_any_more(served: Counted, apart: Any) ->
         model = Archipelago.load(apart(url).root)
         with pytest.raises(_Enough):
             model.generate("a", strategy="expert-2", steps=3, on_step=on_step)
-        assert stop.wait(10)
         time.sleep(0.1)
         assert "2" in model.parts.source.look()  # it was not the expert that failed

@@ -11,7 +11,6 @@ import http.client
 import io
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -108,8 +107,7 @@ class Link:
         self._closed = True
         timed = self._timed
         if timed is not None:
-            with contextlib.suppress(OSError):  # by a reset: an island answers a client that only ended its own side
-                timed.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):
                 timed.raw.shutdown(socket.SHUT_RDWR)
 
     # --- one request ---------------------------------------------------------------------------------------------
