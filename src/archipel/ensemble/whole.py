@@ -74,7 +74,7 @@ def sample(
                 out[here] = samplers.sample(part, noise[here], cond[here], on_step=on_step, **how)
                 _remember(trace, own, paths, here, len(noise))
             if on_step is not None:
-                while not all([expert.there(_LOOK / len(later)) for expert in later.values()]):
+                while not all(expert.there(_LOOK / len(later)) for expert in later.values()):
                     on_step(settings.steps if len(here) else 0, settings.steps, out[:0], 0.0 if len(here) else 1.0)
             left = _gather(mixture, later, away, out, trace, calls, settings, on_step)
         except BaseException:

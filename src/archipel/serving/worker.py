@@ -283,7 +283,8 @@ def _is_full(error: BaseException) -> bool:
 
 def _trace(made: Any, row: int, seconds: float, note: dict[str, Any]) -> dict[str, Any]:
     """Of the ``row``-th clip of a batch: weights (S, K) of the experts at each step, None for the monolith; its share of the
-    calls of experts and router; seconds of its batch and how many clips that had; experts that were lost -> the first step without them. Nothing of its
+    calls of experts and router; seconds of its batch and how many clips that had; experts that were
+    lost -> the first step without them. Nothing of its
     prompt, and no address."""
     weights, clips = made.weights, len(made.clips)
     return {
