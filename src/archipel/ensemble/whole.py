@@ -18,6 +18,8 @@ from archipel.ensemble.strategies import Fixed, Mixture, Trace
 from archipel.errors import LostExpertError
 from archipel.flow import samplers
 
+_LOOK = 0.5  # seconds between looks whether clips that are waited for are still wanted
+
 
 def possible(mixture: Mixture, settings: Settings) -> bool:
     """Whether some clip's one and only expert can make it whole."""
@@ -48,7 +50,8 @@ def sample(
     """Latents float32 like ``noise`` (B, C, T, H, W), which ``seeds`` make; ``trace`` is filled as a mixture fills it.
 
     A remote expert that is lost gives its clips back: they are drawn anew among the others, from the beginning. ``on_step`` is
-    told the steps of clips that are sampled here; of others that they are done. Raises as ``Mixture`` does.
+    told the steps of clips that are sampled here; of others that they are done, and while they are waited for, with no rows, twice
+    a second: what it raises ends the requests. Raises as ``Mixture`` does.
     """
     weighting = mixture.weighting
     assert isinstance(weighting, Fixed)
@@ -70,6 +73,9 @@ def sample(
                 how: dict[str, Any] = {"steps": settings.steps, "shift": settings.shift, "solver": settings.solver}
                 out[here] = samplers.sample(part, noise[here], cond[here], on_step=on_step, **how)
                 _remember(trace, own, paths, here, len(noise))
+            if on_step is not None:
+                while not all(expert.there(_LOOK / len(later)) for expert in later.values()):
+                    on_step(settings.steps if len(here) else 0, settings.steps, out[:0], 0.0 if len(here) else 1.0)
             left = _gather(mixture, later, away, out, trace, calls, settings, on_step)
         except BaseException:
             for k in later:

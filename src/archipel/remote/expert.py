@@ -56,6 +56,11 @@ class Later(Generic[T]):
         except BaseException as error:
             self._error = error
 
+    def there(self, seconds: float) -> bool:
+        """Wait at most ``seconds`` for it; whether it came, or failed."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def __call__(self) -> T:
         self._thread.join()
         if self._error is not None:
@@ -84,6 +89,7 @@ class RemoteExpert:
         self.link, self.offer, self.fp16 = link, offer, fp16
         self._seconds, self._clip_seconds, self._on_lost = seconds, clip_seconds, on_lost
         self._lost: str | None = None
+        self._closed = False
 
     # --- velocities ----------------------------------------------------------------------------------------------
 
@@ -174,11 +180,13 @@ class RemoteExpert:
             return work()
         except ArchipelError as error:  # an address that may not be asked, a body that is not right, no answer
             self._lost = str(error)
-            self._on_lost(self._lost)
+            if not self._closed:  # else it was we who went away: no fault of its own
+                self._on_lost(self._lost)
             raise LostExpertError(self._lost) from error
 
     def close(self) -> None:
-        """Give up what is on its way."""
+        """Give up what is on its way; ``on_lost`` is not told. The expert is not asked again."""
+        self._closed = True
         self.link.close()
 
 

@@ -170,6 +170,7 @@ class Service:
             "strategy": job.settings["strategy"],
             "guidance": job.settings["guidance"],
             "steps": job.settings["steps"],
+            "warnings": self.worker.warnings(job.id) if done else [],
         }
 
 

@@ -16,7 +16,8 @@ class Failure(BaseModel):
 
 
 class Video(BaseModel):
-    """A clip or the job that makes it. Beyond OpenAI's fields: seed, strategy, guidance, steps."""
+    """A clip or the job that makes it. Beyond OpenAI's fields: seed, strategy, guidance, steps, and warnings, sentences
+    about a finished clip (an expert that was lost while it was made)."""
 
     id: str
     object: Literal["video"]
@@ -35,6 +36,7 @@ class Video(BaseModel):
     strategy: str
     guidance: float
     steps: int
+    warnings: list[str]
 
 
 class VideoList(BaseModel):

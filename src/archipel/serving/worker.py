@@ -115,6 +115,15 @@ class Worker:
             return None
         return kept if isinstance(kept, dict) else None
 
+    def warnings(self, name: str) -> list[str]:
+        """What a client is to know of a finished clip: a sentence for each expert that was lost while it was made."""
+        without = (self.trace(name) or {}).get("without")
+        lost = without.items() if isinstance(without, dict) else ()
+        return [
+            f"expert {k} was lost while this clip was made: from step {step} on it was made without it"
+            for k, step in lost
+        ]
+
     def remove(self, name: str) -> None:
         """Take a clip's files away."""
         self.path(name).unlink(missing_ok=True)
@@ -227,7 +236,8 @@ class Worker:
                 raise _Enough
             for name in names:
                 self._progress[name] = min(99, 100 * done // steps)
-                self._left[name] = (time.monotonic() - begin) / max(done, 1) * (steps - done)
+                if done:
+                    self._left[name] = (time.monotonic() - begin) / done * (steps - done)
 
         if not names & self.jobs.running():
             raise _Enough
@@ -252,7 +262,7 @@ class Worker:
             wanted = False
             try:
                 path = write(self.path(job.id), clip, made.fps, scale=settings["scale"], note=note)
-                store.write_text(self.trace_path(job.id), json.dumps(_trace(made, row, seconds)))
+                store.write_text(self.trace_path(job.id), json.dumps(_trace(made, row, seconds, note)))
                 wanted = self.jobs.complete(job.id, path.stat().st_size)
                 done += wanted
             finally:
@@ -271,9 +281,11 @@ def _is_full(error: BaseException) -> bool:
     return False
 
 
-def _trace(made: Any, row: int, seconds: float) -> dict[str, Any]:
+def _trace(made: Any, row: int, seconds: float, note: dict[str, Any]) -> dict[str, Any]:
     """Of the ``row``-th clip of a batch: weights (S, K) of the experts at each step, None for the monolith; its share of the
-    calls of experts and router; seconds of its batch and how many clips that had. Nothing of its prompt."""
+    calls of experts and router; seconds of its batch and how many clips that had; experts that were
+    lost -> the first step without them. Nothing of its
+    prompt, and no address."""
     weights, clips = made.weights, len(made.clips)
     return {
         "weights": None if weights is None else np.round(weights[row].astype(float), 4).tolist(),
@@ -281,6 +293,7 @@ def _trace(made: Any, row: int, seconds: float) -> dict[str, Any]:
         "router_calls": made.router_rows / clips,
         "seconds": round(seconds, 3),
         "batch": clips,
+        "without": note.get("without", {}),
     }
 
 
