@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +15,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from tests.ensemble.conftest import build
+from tests.listening import Listening
 
 from archipel.errors import ArchipelError
 from archipel.run import Run
@@ -104,31 +101,11 @@ def serve(generator: Generator, tmp_path: Path) -> Served:
     return run
 
 
-class Process:
-    """``archipel serve`` in a process of its own."""
-
-    state: Path
+class Process(Listening):
+    """``archipel serve``."""
 
     def __init__(self, root: Path, key: str, *options: str) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ARCHIPEL_API_KEY": key}
-        command = [sys.executable, "-m", "archipel.cli", "serve", str(root), "--port", "0", *options]
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if found := re.search(r"listening on (http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.said))
-        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr or []), daemon=True)
-        self._reader.start()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(5)
+        super().__init__("serve", root, *options, key=key)
 
 
 @pytest.fixture

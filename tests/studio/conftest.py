@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.listening import Listening
 
 KEY = "a-key-of-the-studio"
 WIDE, NARROW = 1280, 400  # pixels: the two widths that the studio is made for
@@ -59,30 +59,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Studio:
-    """``archipel studio`` in a process of its own, on a port that was free."""
+class Studio(Listening):
+    """``archipel studio``."""
 
     def __init__(self, where: str | Path, *options: str, key: str = "", verb: str = "studio") -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ARCHIPEL_API_KEY": key}
-        command = [sys.executable, "-m", "archipel.cli", verb, str(where), "--port", "0", *options]
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
-        self.key = key
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if found := re.search(r"listening on (http://[^\s/]+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.said))
-        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr or []), daemon=True)
-        self._reader.start()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(5)
+        super().__init__(verb, where, *options, key=key)
 
 
 @pytest.fixture(scope="session")

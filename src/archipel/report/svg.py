@@ -271,21 +271,25 @@ def stacked_area(
     return wrapped(body, label, WIDTH, HEIGHT) + legend([(name, tone(k), False) for k, name in enumerate(labels)])
 
 
-def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
-    """One clip's weights, S steps of K values: a thin strip of stacked cells, noise on the left."""
-    width, height = 220.0, 22.0
+def cells(weights: Sequence[Sequence[float]], width: float, height: float, *, least: float) -> list[str]:
+    """Stacked shares over S steps of K values as rectangles, noise on the left; those lower than ``least`` pixels are left out."""
     cell = width / max(len(weights), 1)
-    body = []
+    made = []
     for s, row in enumerate(weights):
         y = 0.0
         for k, value in enumerate(row):
             share = max(0.0, min(float(value), 1.0)) * height
-            if share >= 0.2:
-                body.append(
-                    f'<rect class="cell {tone(k)}" x="{s * cell:.2f}" y="{y:.1f}" width="{cell + 0.3:.2f}" height="{share:.1f}"/>'
-                )
+            if share >= least:
+                place = f'x="{s * cell:.2f}" y="{y:.2f}" width="{cell + 0.3:.2f}" height="{share:.2f}"'
+                made.append(f'<rect class="cell {tone(k)}" {place}/>')
             y += share
-    return wrapped(body, label, width, height, "strip")
+    return made
+
+
+def trace(weights: Sequence[Sequence[float]], label: str) -> Markup:
+    """One clip's weights, S steps of K values: a thin strip of stacked cells, noise on the left."""
+    width, height = 220.0, 22.0
+    return wrapped(cells(weights, width, height, least=0.2), label, width, height, "strip")
 
 
 def bar_chart(names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[float]]], label: str) -> Markup:

@@ -372,7 +372,7 @@ def serve(
     """Listen until the process is stopped."""
     import uvicorn
 
-    from archipel.serving.protocol import protocol
+    from archipel.serving.protocol import settings
     from archipel.serving.server import listen
 
     sys.setswitchinterval(0.001)
@@ -382,18 +382,8 @@ def serve(
             f"expert {island.name} of run {island.run[:12]} (card {island.version[:12]}{'' if island.signature else ', not signed'}): "
             f"listening on http://{shown}:{sock.getsockname()[1]}{'' if tokens else ' (no token: this machine only)'}"
         )
-        config = uvicorn.Config(
-            App(island, tokens, bounds),
-            http=protocol(Limits(head_seconds=60.0, connections=256)),
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=256,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=5,
-            h11_max_incomplete_event_size=32 << 10,
+        bounds_of_wire = Limits(head_seconds=60.0, connections=256)
+        config = settings(
+            App(island, tokens, bounds), bounds_of_wire, grace=5, limit_concurrency=256, timeout_keep_alive=75
         )
         uvicorn.Server(config).run(sockets=[sock])

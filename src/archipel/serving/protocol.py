@@ -46,6 +46,26 @@ def _reset(transport: Any) -> None:
     transport.abort()
 
 
+def settings(app: Any, limits: Limits, *, grace: int, **more: Any) -> Any:
+    """uvicorn's ``Config`` for all that Archipel listens with: nothing logged per request, no word about who serves, heads of
+    at most 32 KiB. ``grace``: seconds that running answers have when the process shall stop; ``more`` goes to uvicorn."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        http=protocol(limits),
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=grace,
+        h11_max_incomplete_event_size=32 << 10,
+        **more,
+    )
+
+
 def protocol(limits: Limits) -> Any:
     """A class for uvicorn's ``http``.
 

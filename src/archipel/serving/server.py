@@ -16,7 +16,7 @@ from archipel import store
 from archipel.errors import ArchipelError
 from archipel.serving.keys import check_exposure, read_keys
 from archipel.serving.limits import Limits
-from archipel.serving.protocol import protocol
+from archipel.serving.protocol import settings
 from archipel.serving.service import Service, Tell
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ def serve(
 ) -> None:
     """Listen until the process is stopped. ``folder``: where jobs and clips are kept; ``extend``: pages beyond the interface;
     ``safety``: the switch for public serving."""
-    import uvicorn
-
     check_exposure(host, keys)
     sys.setswitchinterval(0.001)  # the models' thread gives way to clients sooner than after Python's 5 ms
     warm(archipelago, tell)
@@ -103,19 +101,7 @@ def serve(
     ):
         shown = f"[{host}]" if ":" in host else host
         tell(f"listening on http://{shown}:{sock.getsockname()[1]}{'' if keys else ' (no key: this machine only)'}")
-        config = uvicorn.Config(
-            app,
-            http=protocol(limits),
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=10,
-            h11_max_incomplete_event_size=32 << 10,
-        )
-        _server(config, app).run(sockets=[sock])
+        _server(settings(app, limits, grace=10), app).run(sockets=[sock])
 
 
 def _server(config: Any, app: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from archipel.report.svg import tone
+from archipel.report.svg import cells, tone
 from archipel.serving.jobs import COMPLETED, FAILED, Job
 from archipel.studio.desk import Shot
 
@@ -89,16 +89,7 @@ def weights(trace: Mapping[str, Any] | None, strategy: str) -> str:
         return '<p class="quiet">One network made this clip: there is nothing to route.</p>'
     if not rows or not rows[0]:
         return ""
-    k, cell = len(rows[0]), _WIDTH / len(rows)
-    bands = []
-    for step, row in enumerate(rows):
-        y = 0.0
-        for number, share in enumerate(row):
-            high = max(0.0, min(float(share), 1.0)) * _HEIGHT
-            if high >= 0.3:
-                place = f'x="{step * cell:.2f}" y="{y:.2f}" width="{cell + 0.4:.2f}" height="{high:.2f}"'
-                bands.append(f'<rect class="{tone(number)}" {place}/>')
-            y += high
+    k, bands = len(rows[0]), cells(rows, _WIDTH, _HEIGHT, least=0.3)
     means = [sum(row[number] for row in rows) / len(rows) for number in range(k)]
     said = "; ".join(f"expert {number}: {mean:.0%} on average" for number, mean in enumerate(means) if mean >= 0.005)
     label = escape(f"Shares of the experts over {len(rows)} steps. {said}")
