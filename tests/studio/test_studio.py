@@ -223,12 +223,12 @@ def test_a_prompt_that_the_safety_filter_refuses_is_refused_in_words(
     safe = Safety(Blocklist("forbidden", "rules"), lambda frames: [0.0] * len(frames))
     monkeypatch.setattr(studio.service, "safety", safe)
     for kind in (GENERATE, COMPARE):
-        before = studio.desk.latest(studio.other, kind)
         with pytest.raises(Refused) as refused:
-            ask(studio, studio.other, kind, {"prompt": "a cube"}, {"prompt": "F0rbidden fruit"})
+            ask(studio, studio.other, kind, {"prompt": "first of two"}, {"prompt": "F0rbidden fruit"})
         shown = cards.notice(refused.value.message)
         assert "his server does not make clips of what this prompt holds" in shown and "orbidden" not in shown
-        assert studio.desk.latest(studio.other, kind) == before  # nor is the other of the two kept
+        kept = studio.service.jobs.page(studio.other, after=None, limit=100, newest=True)
+        assert all(job.prompt != "first of two" for job in kept)
     monkeypatch.setattr(studio.service.worker, "safety", safe)  # on since a restart: what was queued is looked at, too
     monkeypatch.setattr(studio.service, "safety", None)
     shot = until_done(studio, ask(studio, studio.other, GENERATE, {"prompt": "forbidden"}), studio.other)[0]
