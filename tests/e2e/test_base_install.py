@@ -57,6 +57,7 @@ told = {
     "report": call("report", run),
     "verify": call("verify", run),
     "generate": call("generate", run, "a red ball bounces", "--steps", "1", "-o", folder + "/clip.mp4"),
+    "box": call("generate", "a party popper", "--steps", "1", "-o", folder + "/box.mp4"),
     "doctor": call("doctor"),
 }
 loaded = sorted(EXTRAS & {name.partition(".")[0] for name in sys.modules})
@@ -78,9 +79,9 @@ def test_the_base_installation_makes_and_uses_runs(copy: Path, tmp_path: Path, e
     assert found["modules"] > 60 and found["loaded"] == []
     codes = {verb: code for verb, (code, _) in found["told"].items()}
     assert codes == {
-        "init": 0, "status": 0, "prepare": 2, "evaluate": 2, "report": 2, "verify": 0, "generate": 0, "doctor": 0,
+        "init": 0, "status": 0, "prepare": 2, "evaluate": 2, "report": 2, "verify": 0, "generate": 0, "box": 0, "doctor": 0,
     }, found["told"]  # fmt: skip
     assert "archipel[data]" in found["told"]["prepare"][1]
     assert "archipel[eval]" in found["told"]["report"][1]
     assert "archipel[" in found["told"]["evaluate"][1]
-    assert (tmp_path / "clip.mp4").stat().st_size > 0
+    assert all((tmp_path / name).stat().st_size > 0 for name in ("clip.mp4", "box.mp4"))
