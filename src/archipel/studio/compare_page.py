@@ -11,7 +11,7 @@ from archipel.serving.errors import Refused
 from archipel.studio import cards, form, widgets
 from archipel.studio.context import StudioContext
 from archipel.studio.desk import COMPARE, Desk
-from archipel.studio.widgets import QUIET, markup, owner_of, plain
+from archipel.studio.widgets import QUIET, buttons, markup, owner_of, plain
 
 SIDE = 320  # pixels of a clip's frame on the page, at most
 MOST = 8  # clips at a time
@@ -50,7 +50,7 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
         try:
             asked = await desk.ask(owner_of(request), COMPARE, _several(made.asked(values), ways))
         except Refused as refused:
-            yield [None, plain(cards.notice(refused.message) + cards.empty(EMPTY)), *_buttons(False)]
+            yield [None, plain(cards.notice(refused.message) + cards.empty(EMPTY)), *buttons(False)]
             return
         async for update in _show(desk, owner_of(request), asked):
             yield update
@@ -111,19 +111,13 @@ async def _show(desk: Desk, owner: str, group: str) -> AsyncIterator[list[Any]]:
     async for shots in desk.follow(owner, group):
         if not shots:
             said = cards.notice("This comparison was cancelled.", "plain")
-            yield [None, plain(said + cards.empty(EMPTY)), *_buttons(False)]
+            yield [None, plain(said + cards.empty(EMPTY)), *buttons(False)]
             return
         busy = not all(shot.ended for shot in shots)
-        yield [group, plain(cards.side_by_side(shots, SIDE)), *_buttons(busy)]
+        yield [group, plain(cards.side_by_side(shots, SIDE)), *buttons(busy)]
     if shots and not all(shot.ended for shot in shots):
         yield [
             group,
             plain(cards.notice(widgets.STOPPING, "plain") + cards.side_by_side(shots, SIDE)),
-            *_buttons(False),
+            *buttons(False),
         ]
-
-
-def _buttons(busy: bool) -> list[Any]:
-    import gradio as gr
-
-    return [gr.update(visible=not busy), gr.update(visible=busy)]

@@ -11,7 +11,7 @@ from archipel.serving.errors import Refused
 from archipel.studio import cards, form, pictures, widgets
 from archipel.studio.context import StudioContext
 from archipel.studio.desk import GENERATE, Desk, Shot
-from archipel.studio.widgets import QUIET, markup, owner_of, plain
+from archipel.studio.widgets import QUIET, buttons, markup, owner_of, plain
 
 SIDE = 512  # pixels of a clip's frame on the page, at most
 EMPTY = "Say what the clip shall show, and press Enter."
@@ -48,7 +48,7 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
         try:
             asked = await desk.ask(owner_of(request), GENERATE, [made.asked(tuple(given))], first)
         except Refused as refused:
-            yield [None, plain(cards.notice(refused.message) + cards.empty("No clip was asked for.")), *_idle()]
+            yield [None, plain(cards.notice(refused.message) + cards.empty("No clip was asked for.")), *buttons(False)]
             return
         async for update in _show(desk, owner_of(request), asked):
             yield update
@@ -93,24 +93,12 @@ async def _show(desk: Desk, owner: str, group: str) -> AsyncIterator[list[Any]]:
     shots: list[Shot] = []
     async for shots in desk.follow(owner, group):
         if not shots:
-            yield [None, plain(cards.notice(_GONE, "plain") + cards.empty(EMPTY)), *_idle()]
+            yield [None, plain(cards.notice(_GONE, "plain") + cards.empty(EMPTY)), *buttons(False)]
             return
         busy = not shots[0].ended
-        yield [group, plain(cards.clip(shots[0], SIDE)), *(_busy() if busy else _idle())]
+        yield [group, plain(cards.clip(shots[0], SIDE)), *buttons(busy)]
     if shots and not shots[0].ended:
-        yield [group, plain(cards.notice(widgets.STOPPING, "plain") + cards.clip(shots[0], SIDE)), *_idle()]
-
-
-def _idle() -> list[Any]:
-    import gradio as gr
-
-    return [gr.update(visible=True), gr.update(visible=False)]
-
-
-def _busy() -> list[Any]:
-    import gradio as gr
-
-    return [gr.update(visible=False), gr.update(visible=True)]
+        yield [group, plain(cards.notice(widgets.STOPPING, "plain") + cards.clip(shots[0], SIDE)), *buttons(False)]
 
 
 def _examples(context: StudioContext, prompt: Any) -> None:

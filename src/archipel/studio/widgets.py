@@ -33,6 +33,13 @@ def plain(html: str) -> str:
     return f"<div>{html}</div>".replace("\r", "").replace("\n", " ") if html else ""
 
 
+def buttons(busy: bool) -> list[Any]:
+    """Updates of the button that asks for clips and of the one that cancels: one of them is shown."""
+    import gradio as gr
+
+    return [gr.update(visible=not busy), gr.update(visible=busy)]
+
+
 def owner_of(request: Any) -> str:
     """Whose clips a ``gr.Request`` is about: what the gate found out from the key or the login."""
     return str(request.request.state.owner)
