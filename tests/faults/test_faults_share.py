@@ -68,7 +68,7 @@ def left(folder: Path) -> list[str]:
     return [words for words in found if words]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.timeout(900)
 def test_a_twentieth_of_all_faults_leaves_the_same_weights(tmp_path: Path) -> None:
     records = make(["kills", "proxied,races", "stopped,network,damage"], tmp_path, 800)
