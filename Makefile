@@ -9,10 +9,10 @@ WORKERS ?= 2  # processes of make test; each computes with one thread
 
 help:
 	@echo "make demo         the main job: clips in; experts, router, monolith, samples, scores and a report out"
-	@echo "make test         the tests (no root, no network beyond the installation)"
+	@echo "make test         the tests (minutes; no root, no network beyond the installation)"
 	@echo "make setup-sky    .venv-sky, in which SkyPilot reads our task files (for one test)"
 	@echo "make check        ruff, types, import directions"
-	@echo "make test-system  the tests that need Debian packages (installs them: needs root)"
+	@echo "make test-system  the slow tests, and those that need Debian packages (installs them: needs root)"
 	@echo "make test-ray     the tests with a Ray cluster on this machine"
 	@echo "make bench        the head-to-heads, all of them; .venv/bin/python -m bench --goals: those that have a goal of speed"
 	@echo "make faults       every fault of docs/reliability.md, in full counts (half an hour; root for full disks)"
@@ -50,11 +50,12 @@ demo: setup
 	$(BIN)/archipel demo demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not system and not ray"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not system and not ray"
 
 test-system: setup
 	./.ci/system-packages
 	./.ci/azurite
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "slow and not system and not ray"
 	$(BIN)/python -m pytest -q -m system
 
 test-ray: setup-ray
