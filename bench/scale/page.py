@@ -81,7 +81,7 @@ def curves(points: dict[str, Any], cases: Mapping[str, Any], key: str, unit: str
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
-    drawn = 0
+    drawn, places = 0, set[int]()
     for number_, case in enumerate(cases):
         for label in LABELS:
             found = points.get(label, {}).get(case, {})
@@ -96,6 +96,7 @@ def curves(points: dict[str, Any], cases: Mapping[str, Any], key: str, unit: str
             }
             axes.plot(*zip(*xy, strict=True), label=case + (" (before)" if label == "before" else ""), **style)
             drawn += 1
+            places |= {n for n, _ in xy}
     if drawn:
         axes.set(
             xscale="log",
@@ -103,6 +104,8 @@ def curves(points: dict[str, Any], cases: Mapping[str, Any], key: str, unit: str
             xlabel=unit,
             ylabel="CPU seconds" if key == "cpu" else "peak, MiB above the start",
         )
+        axes.set_xticks(sorted(places), [f"{n:,}" for n in sorted(places)])  # where it was measured
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
         with store.aside(path) as temporary:
