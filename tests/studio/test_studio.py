@@ -16,6 +16,8 @@ from fastapi.testclient import TestClient
 from tests.ensemble.conftest import build
 from tests.serving.conftest import Generator
 
+from archipel.ensemble.blocklist import Blocklist
+from archipel.ensemble.safety import Safety
 from archipel.run import Run
 from archipel.serving.errors import Refused
 from archipel.serving.limits import Limits
@@ -25,6 +27,7 @@ from archipel.studio.compare_page import _several
 from archipel.studio.context import StudioContext
 from archipel.studio.desk import COMPARE, GENERATE, Desk, Shot
 from archipel.studio.form import captions, strategies
+from archipel.studio.remembered import filled
 from archipel.studio.widgets import plain
 
 ONE, OTHER = "key-one", "key-other"
@@ -215,6 +218,45 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(studio: Open) -> None:
             _several({"prompt": "x"}, way)
     first, second = _several({"prompt": "x"}, ["top1", "monolith"])
     assert first["seed"] == second["seed"]
+
+
+def test_a_prompt_that_the_safety_filter_refuses_is_refused_in_words(
+    studio: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safe = Safety(Blocklist("forbidden", "rules"), lambda frames: [0.0] * len(frames))
+    monkeypatch.setattr(studio.service, "safety", safe)
+    for kind in (GENERATE, COMPARE):
+        with pytest.raises(Refused) as refused:
+            ask(studio, studio.other, kind, {"prompt": "first of two"}, {"prompt": "F0rbidden fruit"})
+        shown = cards.notice(refused.value.message)
+        assert "his server does not make clips of what this prompt holds" in shown and "orbidden" not in shown
+        kept = studio.service.jobs.page(studio.other, after=None, limit=100, newest=True)
+        assert all(job.prompt != "first of two" for job in kept)
+    monkeypatch.setattr(studio.service.worker, "safety", safe)  # on since a restart: what was queued is looked at, too
+    monkeypatch.setattr(studio.service, "safety", None)
+    shot = until_done(studio, ask(studio, studio.other, GENERATE, {"prompt": "forbidden"}), studio.other)[0]
+    assert shot.job.status == "failed" and "withheld this clip" in cards.clip(shot, 512)
+    asyncio.run(studio.desk.delete(studio.other, shot.job.id))
+
+
+def test_the_page_holds_its_owners_last_settings_from_the_first_moment(studio: Open) -> None:
+    prompt = "</script><b>one & only"
+    until_done(studio, ask(studio, studio.one, GENERATE, {"prompt": prompt, "steps": 3, "seed": 77}), studio.one)
+
+    def fields(key: str) -> dict[str, Any]:
+        text = studio.get("/studio/", key).text
+        assert prompt not in text
+        config, _ = json.JSONDecoder().raw_decode(text, text.index("window.gradio_config = ") + 23)
+        props = [one["props"] for one in config["components"]]
+        found: dict[str, Any] = {}
+        for one in props:
+            found.setdefault(str(one.get("label")), one.get("value"))
+        return found
+
+    mine, others = fields(ONE), fields(OTHER)
+    assert (mine["What shall the clip show?"], mine["Steps"], mine["Seed"]) == (prompt, 3, None)
+    assert others["What shall the clip show?"] != prompt and not mine["What shall all of them show?"]
+    assert filled("no page of gradio's", {1: "x"}) == "no page of gradio's"
 
 
 def test_what_people_type_is_shown_and_not_obeyed(studio: Open) -> None:

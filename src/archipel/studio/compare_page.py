@@ -19,8 +19,8 @@ EMPTY = "Choose two or more ways, and see what each makes of the same noise."
 _AS_BOXES = 8  # experts; more are a list to choose from
 
 
-def build(context: StudioContext, desk: Desk, blocks: Any) -> None:
-    """Components inside an open tab."""
+def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
+    """Components inside an open tab; returns the form, and in it the ways."""
     import gradio as gr
 
     k, own = context.experts, context.config.sample.strategy
@@ -60,18 +60,16 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> None:
         found = desk.latest(owner, COMPARE)
         shots = desk.shots(owner, found) if found else []
         if not found or not shots:
-            yield [gr.skip() for _ in (*outputs, prompt, chosen)]
+            yield [gr.skip() for _ in outputs]
             return
-        restored = [shots[0].job.prompt, [shot.job.settings["strategy"] for shot in shots]]
         async for update in _show(desk, owner, found):
-            yield [*update, *restored]
-            restored = [gr.skip(), gr.skip()]
+            yield update
 
     async def cancel(request: gr.Request, name: str | None) -> None:
         if name:
             await desk.cancel(owner_of(request), name)
 
-    loading = blocks.load(resume, None, [*outputs, prompt, chosen], **QUIET)
+    loading = blocks.load(resume, None, outputs, **QUIET)
     # What is followed since the page was opened would go on drawing over it.
     gr.on(
         [go.click, prompt.submit, fields["seed"].submit],
@@ -84,6 +82,17 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> None:
     stop.click(cancel, group, None, **QUIET)
     both.click(lambda: first, None, chosen, **QUIET)
     each.click(lambda: [f"expert-{number}" for number in range(k)][:MOST], None, chosen, **QUIET)
+    return form.Form({**fields, "ways": chosen})
+
+
+def remembered(desk: Desk, owner: str, made: form.Form) -> dict[int, Any]:
+    """The prompt and the ways that were compared last, by component; {} where there are none."""
+    found = desk.latest(owner, COMPARE)
+    shots = desk.shots(owner, found) if found else []
+    if not shots:
+        return {}
+    ways = [shot.job.settings["strategy"] for shot in shots]
+    return {made.fields["prompt"]._id: shots[0].job.prompt, made.fields["ways"]._id: ways}
 
 
 def _several(fields: dict[str, Any], ways: list[str]) -> list[dict[str, Any]]:

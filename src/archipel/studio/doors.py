@@ -8,13 +8,14 @@ import contextlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from archipel.serving.errors import Refused
 from archipel.serving.gate import Bodies, respond
+from archipel.studio.remembered import filled
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,11 +46,18 @@ _ELSEWHERE = re.compile(
 
 class Doors:
     """ASGI application around gradio's. ``head``: put into the page's head; ``temporary``: where gradio keeps uploads;
-    ``stopping``: whether the server has been asked to end."""
+    ``stopping``: whether the server has been asked to end; ``remembered``: an owner's first values, by component."""
 
     def __init__(
-        self, app: ASGIApp, service: Service, temporary: Path, head: str, stopping: Callable[[], bool] = lambda: False
+        self,
+        app: ASGIApp,
+        service: Service,
+        temporary: Path,
+        head: str,
+        stopping: Callable[[], bool] = lambda: False,
+        remembered: Callable[[str], Mapping[int, Any]] = lambda owner: {},
     ) -> None:
+        self.remembered = remembered
         self.app, self.temporary, self.head, self.stopping = app, temporary, head, stopping
         self.takes_image = service.offer.takes_image  # else uploads are of no use
         self._bodies = Bodies(service)
@@ -153,7 +161,7 @@ class Doors:
             self._owners.popitem(last=False)
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The first page: without links to other hosts, with our head."""
+        """The first page: without links to other hosts, with our head, and with what its owner asked for last."""
         plain = {**scope, "headers": [(k, v) for k, v in scope["headers"] if k.lower() != b"accept-encoding"]}
         held: list[Message] = []
 
@@ -167,7 +175,8 @@ class Doors:
         ).decode()
         body = _ELSEWHERE.sub("", body).replace("</head>", f"{self.head}</head>", 1)
         body = body.replace('"https://gradio.app/"', '""')
-        data = body.encode()
+        values = await asyncio.to_thread(self.remembered, scope["state"]["owner"])
+        data = filled(body, values).encode()
         headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
         await send({**start, "headers": [*headers, (b"content-length", str(len(data)).encode())]})
         await send({"type": "http.response.body", "body": data})

@@ -54,30 +54,38 @@ def build(context: StudioContext, desk: Desk, blocks: Any) -> form.Form:
             yield update
 
     async def resume(request: gr.Request) -> AsyncIterator[list[Any]]:
-        """After a reload: what was asked for last, with its settings, followed where it is not finished."""
+        """After a reload: what was asked for last, followed where it is not finished (its settings: ``remembered``)."""
         owner = owner_of(request)
         found = desk.latest(owner, GENERATE)
         shots = desk.shots(owner, found) if found else []
         if not found or not shots:
-            yield [gr.skip() for _ in (*outputs, *made.components)]
+            yield [gr.skip() for _ in outputs]
             return
-        restored = made.of(shots[0].job)
-        restored[made.names.index("size")] = desk.service.video(shots[0].job)["size"]
-        restored[made.names.index("seed")] = gr.skip()  # else the next clip would be this one again
         async for update in _show(desk, owner, found):
-            yield [*update, *restored]
-            restored = [gr.skip() for _ in restored]
+            yield update
 
     async def cancel(request: gr.Request, name: str | None) -> None:
         if name:
             await desk.cancel(owner_of(request), name)
 
     inputs = [*made.components, *([image] if image else [])]
-    loading = blocks.load(resume, None, [*outputs, *made.components], **QUIET)
+    loading = blocks.load(resume, None, outputs, **QUIET)
     # What is followed since the page was opened would go on drawing over it.
     gr.on([go.click, prompt.submit, fields["seed"].submit], make, inputs, outputs, cancels=loading, **QUIET)
     stop.click(cancel, group, None, **QUIET)
     return made
+
+
+def remembered(desk: Desk, owner: str, made: form.Form) -> dict[int, Any]:
+    """The settings of the clip that was asked for last, by component; {} where there is none."""
+    found = desk.latest(owner, GENERATE)
+    shots = desk.shots(owner, found) if found else []
+    if not shots:
+        return {}
+    values = dict(zip(made.names, made.of(shots[0].job), strict=True))
+    values["size"] = desk.service.video(shots[0].job)["size"]
+    del values["seed"]  # else the next clip would be this one again
+    return {made.fields[name]._id: value for name, value in values.items() if value is not None}
 
 
 async def _show(desk: Desk, owner: str, group: str) -> AsyncIterator[list[Any]]:

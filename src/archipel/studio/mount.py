@@ -88,7 +88,7 @@ def _mount(app: Any, context: StudioContext, temporary: Path) -> None:
         ending = getattr(app.state, "ending", None)
         return ending is not None and ending.is_set()
 
-    blocks = page.build(context, Desk(context, stopping))
+    blocks, remembered = page.build(context, Desk(context, stopping))
     gr.mount_gradio_app(
         app,
         blocks,
@@ -106,8 +106,9 @@ def _mount(app: Any, context: StudioContext, temporary: Path) -> None:
     )
     _remove_at_end(app, temporary)
     head = f'<title>{escape(page.TITLE)}</title><link rel="icon" href="{_ICON}"><style>{widgets.sheet()}</style>'
+    head += f"<script>{widgets.script()}</script>"
     route = app.router.routes[-1]
-    route.app = Doors(route.app, context.service, temporary, head, stopping)
+    route.app = Doors(route.app, context.service, temporary, head, stopping, remembered)
 
     def without_slash() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/", 303)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -16,8 +18,8 @@ _MARK = (
 )
 
 
-def build(context: StudioContext, desk: Desk) -> Any:
-    """The page's ``gr.Blocks``, not yet mounted."""
+def build(context: StudioContext, desk: Desk) -> tuple[Any, Callable[[str], dict[int, Any]]]:
+    """The page's ``gr.Blocks``, not yet mounted; and what an owner asked for last, by the ids of its components."""
     import gradio as gr
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600), fill_width=True) as blocks:
@@ -26,7 +28,7 @@ def build(context: StudioContext, desk: Desk) -> Any:
             with gr.Tab("Generate", id="generate"):
                 form = generate_page.build(context, desk, blocks)
             with gr.Tab("Compare", id="compare"):
-                compare_page.build(context, desk, blocks)
+                ways = compare_page.build(context, desk, blocks)
             with gr.Tab("Gallery", id="gallery") as gallery:
                 gallery_page.build(context, desk, gallery, tabs, form)
             with gr.Tab("Partition", id="partition"):
@@ -35,7 +37,14 @@ def build(context: StudioContext, desk: Desk) -> Any:
                 islands_page.build(context)
     # Followed clips hold no thread; the jobs' own queue bounds the work.
     blocks.queue(api_open=False, max_size=256, default_concurrency_limit=None)
-    return blocks
+
+    def remembered(owner: str) -> dict[int, Any]:
+        try:
+            return {**generate_page.remembered(desk, owner, form), **compare_page.remembered(desk, owner, ways)}
+        except sqlite3.Error:  # the page is of use without it
+            return {}
+
+    return blocks, remembered
 
 
 def _head(context: StudioContext) -> str:

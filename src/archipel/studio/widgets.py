@@ -112,6 +112,11 @@ def theme() -> gr.themes.Base:
     )
 
 
+def script() -> str:
+    """The studio's own script: what the page does while the server is away."""
+    return resources.files("archipel.studio").joinpath("away.js").read_text(encoding="utf-8")
+
+
 def sheet() -> str:
     """The studio's style sheet; experts' and arms' colours are the report's, in light and in dark."""
     report = resources.files("archipel.report").joinpath("page.css").read_text(encoding="utf-8")
