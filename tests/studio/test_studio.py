@@ -22,7 +22,7 @@ from archipel.run import Run
 from archipel.serving.errors import Refused
 from archipel.serving.limits import Limits
 from archipel.serving.server import opened
-from archipel.studio import cards, mount
+from archipel.studio import cards, doors, mount
 from archipel.studio.compare_page import _several
 from archipel.studio.context import StudioContext
 from archipel.studio.desk import COMPARE, GENERATE, Desk, Shot
@@ -143,6 +143,41 @@ def test_a_session_belongs_to_the_key_that_began_it(studio: Open) -> None:
     assert studio.post(f"{API}/cancel", value, OTHER).status_code == 404
     assert studio.get(f"{API}/queue/data?session_hash=mine", OTHER).status_code == 404
     assert studio.get(f"{API}/heartbeat/mine", OTHER).status_code == 404
+
+
+def test_an_event_right_behind_the_end_of_its_pages_stream_is_answered_once_the_page_has_seen_that(
+    studio: Open,
+) -> None:
+    """Gradio's page would take the stream for open, and wait for ever for what comes of the event."""
+    said: list[tuple[str, float]] = []
+
+    async def gradio(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'data: {"msg":"close_stream"}\n\n'})
+
+    door = doors.Doors(gradio, studio.service, studio.state, "")
+
+    async def ask(method: str, path: str, query: str, name: str, body: bytes = b"") -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                assert message["status"] == 200
+                said.append((name, time.monotonic()))
+
+        scope = {"type": "http", "method": method, "path": f"/gradio_api/queue/{path}", "query_string": query.encode()}
+        await door({**scope, "headers": [], "state": {"owner": studio.one}}, receive, send)
+
+    async def page() -> None:
+        await ask("GET", "data", "session_hash=mine", "end")
+        of = {name: json.dumps({"session_hash": name, "data": []}).encode() for name in ("mine", "yours")}
+        await asyncio.gather(*(ask("POST", "join", "", name, of[name]) for name in ("mine", "yours")))
+        await ask("POST", "join", "", "mine again", of["mine"])
+
+    asyncio.run(page())
+    assert [name for name, _ in said] == ["end", "yours", "mine", "mine again"]
+    assert said[2][1] - said[0][1] > 0.4
 
 
 def test_bodies_are_bounded(studio: Open) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ _STILL = re.compile(r"/assets/|/static/")  # the same for everybody, with a hash
 _SESSIONS = 10_000
 _STREAMS = 512  # of events and heartbeats at once
 _LOOK, _LAST_WORDS = 0.5, 1.0  # seconds between looks whether the server stops, and to say so
+_CLOSES = b'"close_stream"'  # gradio's last words on a stream of events
+_SETTLED = 0.5  # seconds in which a page has surely seen them
 _SMALL = 256 << 10  # bytes of what a page sends, but for pictures
 _UPLOADS = 256 << 20  # bytes of pictures that may lie in the temporary folder
 _ELSEWHERE = re.compile(
@@ -63,6 +66,7 @@ class Doors:
         self._bodies = Bodies(service)
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._streams = asyncio.Semaphore(_STREAMS)
+        self._closed: OrderedDict[str, float] = OrderedDict()  # sessions, and when their stream was told to close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # its lifespan is run by the application that it is mounted in
@@ -82,17 +86,20 @@ class Doors:
         ):
             raise Refused(404, "there is no such page", code="not_found")
         owner = scope["state"]["owner"]
+        answer = _headed(send, still=bool(_STILL.match(path)))
         if method == "POST":
             body = await self._body(path, scope, receive)
-            if not path.endswith("/upload"):
-                self._check(body, owner)
+            session = None if path.endswith("/upload") else self._check(body, owner)
+            if session is not None and path.endswith("/join"):
+                answer = self._after_closing(session, answer)
             receive = _replay(body, receive)
         for session in _sessions(path, scope):
             self._own(session, owner)
+            if path.endswith("/data"):
+                answer = self._noting_closing(session, answer)
         stream = path.startswith((f"{_API}/queue/data", f"{_API}/heartbeat"))
         if stream and self._streams.locked():
             raise Refused(429, "too many pages are open", code="streams", headers={"Retry-After": "5"})
-        answer = _headed(send, still=bool(_STILL.match(path)))
         if path == "/" and method == "GET":
             await self._page(scope, receive, answer)
         elif stream:
@@ -119,6 +126,28 @@ class Doors:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
+    def _noting_closing(self, session: str, send: Send) -> Send:
+        async def answer(message: Message) -> None:
+            if _CLOSES in message.get("body", b""):
+                self._closed[session] = time.monotonic()
+                self._closed.move_to_end(session)
+                while len(self._closed) > _SESSIONS:
+                    self._closed.popitem(last=False)
+            await send(message)
+
+        return answer
+
+    def _after_closing(self, session: str, send: Send) -> Send:
+        """A new event's answer, not right behind the closing of the session's stream: a page that reads it first takes that
+        stream for open, opens no other, and waits for ever (seen with gradio 6.31 about once in 40 clicks on a busy machine)."""
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await asyncio.sleep(max(0.0, self._closed.pop(session, 0.0) + _SETTLED - time.monotonic()))
+            await send(message)
+
+        return answer
+
     async def _body(self, path: str, scope: Scope, receive: Receive) -> bytes:
         """A request's body. Raises Refused: too much or too slow (``gate.Bodies``), or a picture where there is no room."""
         from starlette.requests import Request
@@ -134,8 +163,9 @@ class Doors:
             raise Refused(413, f"the request is larger than {_SMALL} bytes", code="too_large")
         return body
 
-    def _check(self, body: bytes, owner: str) -> None:
-        """Hold a session to its owner, and files to those that were uploaded: gradio would fetch a URL given as one."""
+    def _check(self, body: bytes, owner: str) -> str | None:
+        """Hold a session to its owner, and files to those that were uploaded: gradio would fetch a URL given as one.
+        Returns the session, where one is named."""
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -151,6 +181,7 @@ class Doors:
         for path in _paths(value):
             if not isinstance(path, str) or "\0" in path or not Path(path).resolve().is_relative_to(inside):
                 raise Refused(400, "only an uploaded file can be given", code="invalid_value")
+        return session
 
     def _own(self, session: str, owner: str) -> None:
         """Whoever names a session first has it. Raises Refused for another's."""
