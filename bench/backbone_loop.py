@@ -1,4 +1,4 @@
-"""Our sampling loop over a backbone against the loop of diffusers' own pipeline, on the same network in memory.
+"""Our sampling over a backbone against diffusers' own pipeline on diffusers' own network of the same weights.
 
     python -m bench.backbone_loop [--small] [--out FILE]
 
@@ -55,16 +55,18 @@ def settings(name: str, small: bool) -> config.RunConfig:
     )
 
 
-def denoiser(made: config.RunConfig, seed: int = 0) -> Denoiser:
-    """A network with diffusers' own random weights: a fresh expert would answer zero."""
+def pair(made: config.RunConfig, seed: int = 0) -> tuple[Denoiser, Any]:
+    """An expert, and a network of diffusers that nobody touched, with the same random weights (a fresh expert would answer
+    zero)."""
     about = networks.expert_network(made)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = registry.build_network(about).eval().requires_grad_(False)
-    return registry.adapter(about["_class_name"])(network, {**networks.expert_facts(made), "mask_text": False})
+        network, plain = (registry.build_network(about).eval().requires_grad_(False) for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    return registry.adapter(about["_class_name"])(network, {**networks.expert_facts(made), "mask_text": False}), plain
 
 
-def theirs(model: Denoiser, made: config.RunConfig, noise: Tensor, cond: Conditioning, steps: int) -> Loop:
+def theirs(network: Any, made: config.RunConfig, noise: Tensor, cond: Conditioning, steps: int) -> Loop:
     """diffusers' loop as a function of the guidance scale."""
     name, null = made.expert.backbone, cond.null()
     T, H, W = noise.shape[2:]
@@ -74,19 +76,19 @@ def theirs(model: Denoiser, made: config.RunConfig, noise: Tensor, cond: Conditi
     common_ = {"num_inference_steps": steps, "output_type": "latent", "return_dict": False, **text}
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     if name == "flux":
-        pipe = diffusers.FluxPipeline(euler, None, None, None, None, None, model.network)
+        pipe = diffusers.FluxPipeline(euler, None, None, None, None, None, network)
         about = {"latents": flux.pack(noise, 2), **pictures, **pooled}
     elif name == "wan":
-        pipe = diffusers.WanPipeline(None, None, None, OurTimes(shift=SHIFT), transformer=model.network)
+        pipe = diffusers.WanPipeline(None, None, None, OurTimes(shift=SHIFT), transformer=network)
         about = {"latents": noise, "num_frames": 4 * (T - 1) + 1, **pictures}
     elif name == "ltx":
-        pipe = diffusers.LTXPipeline(euler, None, None, None, model.network)
+        pipe = diffusers.LTXPipeline(euler, None, None, None, network)
         # The pipeline takes a token for a latent position: half as many, twice as long in RoPE (which patch_size = 2 says).
         about = {"latents": ltx.pack(noise, 2), "height": 16 * H, "width": 16 * W, "num_frames": 8 * (T - 1) + 1}
         about["frame_rate"] = made.clips.fps
         about |= {"prompt_attention_mask": cond.mask, "negative_prompt_attention_mask": cond.mask}
     else:
-        pipe = diffusers.HunyuanVideoPipeline(None, None, model.network, None, euler, None, None)
+        pipe = diffusers.HunyuanVideoPipeline(None, None, network, None, euler, None, None)
         about = {"latents": noise, "num_frames": 4 * (T - 1) + 1, **pictures, **pooled}
         about |= {"prompt_attention_mask": cond.mask, "negative_prompt_attention_mask": cond.mask}
     pipe.set_progress_bar_config(disable=True)
@@ -109,12 +111,12 @@ def run(small: bool = False) -> dict[str, Any]:
         loops: dict[str, Callable[[], Tensor]] = {}
         for name in ("flux", "wan", "ltx", "hunyuan"):
             made = settings(name, small)
-            model = denoiser(made)
+            model, plain = pair(made)
             arrays = common.clip_arrays(made, 1)
             cond = Conditioning(*(torch.from_numpy(arrays[key]) for key in ("tokens", "mask", "pooled")))
             cond = Conditioning(cond.tokens, cond.mask | True, cond.pooled)  # FLUX and Wan know no mask
             noise = torch.from_numpy(draws.clip_noise(range(1), flops.latent_shape(made)))
-            peer = theirs(model, made, noise, cond, steps)
+            peer = theirs(plain, made, noise, cond, steps)
             b.facts[f"parameters of {name}"] = model.parameters_total
             for guidance in (1.0, GUIDANCE):
                 velocity = Mixture([model], one_each([0], 1), guidance)

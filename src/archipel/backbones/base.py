@@ -76,7 +76,10 @@ class Denoiser(Backbone, ABC):
     mask_text: bool  # whether padding of the text is masked
 
     def __init__(self, network: nn.Module, facts: dict[str, Any]) -> None:
+        from archipel.backbones import norms  # diffusers takes seconds to import
+
         super().__init__()
+        norms.quicken(network)
         self.network, self.facts = network, dict(facts)
         self.prediction, self.clusters = str(facts["prediction"]), int(facts.get("clusters", 0))
         self.image, self.mask_text = bool(facts.get("image", False)), bool(facts.get("mask_text", True))

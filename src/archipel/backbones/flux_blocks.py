@@ -150,4 +150,43 @@ class _SingleBlock(FluxSingleTransformerBlock):
         return x[:, :L], x[:, L:]
 
 
-_QUICK: dict[type, type] = {FluxPosEmbed: _Places, FluxSingleTransformerBlock: _SingleBlock}
+class _DoubleBlock(FluxTransformerBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        attention, of_video, of_text = cast(Any, self.attn), cast(Any, self.ff).net, cast(Any, self.ff_context).net
+        if self.training or not (
+            isinstance(attention.processor, Attention) and _plain(of_video[0].proj) and _plain(of_text[0].proj)
+        ):
+            theirs: Any = super().forward
+            done = theirs(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+            return cast(tuple[Tensor, Tensor], done)
+        x, c = hidden_states, encoder_hidden_states
+        m = self.norm1.linear(self.norm1.silu(temb))[:, None].chunk(
+            6, dim=2
+        )  # shift, scale, gate; the same behind attention
+        n = self.norm1_context.linear(self.norm1_context.silu(temb))[:, None].chunk(6, dim=2)
+        mixed_x, mixed_c = attention.processor(
+            attention,
+            torch.addcmul(m[0], self.norm1.norm(x), 1 + m[1]),
+            torch.addcmul(n[0], self.norm1_context.norm(c), 1 + n[1]),
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        x, c = torch.addcmul(x, m[2], mixed_x), torch.addcmul(c, n[2], mixed_c)
+        wide = _linear_gelu(torch.addcmul(m[3], self.norm2(x), 1 + m[4]), of_video[0].proj)
+        x = torch.addcmul(x, m[5], of_video[2](wide))
+        wide = _linear_gelu(torch.addcmul(n[3], self.norm2_context(c), 1 + n[4]), of_text[0].proj)
+        return torch.addcmul(c, n[5], of_text[2](wide)), x
+
+
+_QUICK: dict[type, type] = {
+    FluxPosEmbed: _Places,
+    FluxSingleTransformerBlock: _SingleBlock,
+    FluxTransformerBlock: _DoubleBlock,
+}

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from archipel.backbones import base, flux_blocks, networks, registry
+from archipel.backbones import base, flux_blocks, networks, norms, registry
 from archipel.backbones.flux import FluxDenoiser, pack, text_ids, video_ids
 from archipel.config import Reads, RunConfig
 from archipel.contracts import Conditioning
@@ -42,6 +42,7 @@ class FluxRouter(base.Backbone):
         self.reads, self.patch = str(facts.get("reads", "both")), int(facts.get("patch", 1))
         self.image = bool(facts.get("image", False))
         flux_blocks.quicken(network)
+        norms.quicken(network)
 
     def ends(self) -> list[nn.Module]:
         return base.flux_ends(self.network)
