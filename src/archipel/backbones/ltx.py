@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 from torch import Tensor, nn
 
 from archipel.backbones import base
@@ -29,6 +31,24 @@ def unpack(tokens: Tensor, space: tuple[int, int, int], p: int = 1, pt: int = 1)
     return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)
 
 
+class _Places(LTXVideoRotaryPosEmbed):
+    """diffusers' tables (1, N, D) for all rows of a batch, kept while the same shape is asked for."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, num_frames: int, height: int, width: int, scale: Any, video_coords: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        # Tensors of inference mode cannot be trained with later; fake ones (planning) are nobody's tables.
+        if video_coords is not None or torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+            made: tuple[Tensor, Tensor] = super().forward(hidden_states, num_frames, height, width, scale, video_coords)
+            return made
+        asked = (num_frames, height, width, scale, hidden_states.device, torch.is_inference_mode_enabled())
+        known: tuple[Any, tuple[Tensor, Tensor]] | None = self.__dict__.get("known")
+        if known is None or known[0] != asked:
+            known = (asked, super().forward(hidden_states[:1], num_frames, height, width, scale))
+            self.__dict__["known"] = known
+        return known[1]
+
+
 class LTXDenoiser(base.Denoiser):
     """``facts`` beside the usual: {"rope_scale": [seconds, pixels, pixels] of one latent position}. Reads no pooled vector."""
 
@@ -43,6 +63,9 @@ class LTXDenoiser(base.Denoiser):
         if not isinstance(scale, list) or len(scale) != 3 or not all(isinstance(one, int | float) for one in scale):
             raise DamagedError(f"network = {facts!r} has no rope_scale, which {self.CLASS} needs")
         self._scale = (float(scale[0]), float(scale[1]), float(scale[2]))
+        rope: Any = network.rope
+        if type(rope) is LTXVideoRotaryPosEmbed:
+            rope.__class__ = _Places
 
     def ends(self) -> list[nn.Module]:
         net = self.network
