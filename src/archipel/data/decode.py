@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -169,16 +170,17 @@ def _take(data: bytes, wanted: dict[int, Fraction], window: Window) -> tuple[dic
     """The frames on screen at those of the wanted times that lie in the loop, and the time that was reached."""
     found: dict[int, np.ndarray] = {}
     now = Fraction(0)
+    ahead = deque(sorted(wanted.items(), key=lambda one: one[1]))
     with _opened(data) as image:
         for number in _frame_numbers(image):
             image.seek(number)
             image.load()
-            after = now + _duration(image)
-            here = [i for i, t in wanted.items() if now <= t < after]
-            if here:
-                found |= dict.fromkeys(here, to_square(image, window))
-            now = after
-            if len(found) == len(wanted):
+            now += _duration(image)
+            square: np.ndarray | None = None
+            while ahead and ahead[0][1] < now:
+                square = to_square(image, window) if square is None else square
+                found[ahead.popleft()[0]] = square
+            if not ahead:
                 break
     if now == 0:
         raise Rejected("no frames: the animation is empty")
