@@ -56,7 +56,7 @@ test-system: setup
 	./.ci/system-packages
 	./.ci/azurite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "slow and not system and not ray"
-	$(BIN)/python -m pytest -q -m system
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m system
 
 test-ray: setup-ray
 	.venv-ray/bin/python -m pytest -q -m ray tests/ray

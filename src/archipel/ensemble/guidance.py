@@ -38,20 +38,30 @@ def branch_weights(
     return scale * weights, (1 - scale) * null
 
 
-def both_branches(velocity: Velocity, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-    """(v(c), v(null)), each like x, from one call with the batch doubled."""
-    doubled = Conditioning.cat([cond, cond.null()])
-    conditional, null = velocity(torch.cat([x, x]), torch.cat([t, t]), doubled).chunk(2)
+def doubled(cond: Conditioning) -> Conditioning:
+    """The captions' rows, and behind them as many of the null condition."""
+    return Conditioning.cat([cond, cond.null()])
+
+
+def both_branches(
+    velocity: Velocity, x: Tensor, t: Tensor, cond: Conditioning, both: Conditioning | None = None
+) -> tuple[Tensor, Tensor]:
+    """(v(c), v(null)), each like x, from one call with the batch doubled. ``both``: ``doubled(cond)``, where it is at hand."""
+    both = doubled(cond) if both is None else both
+    conditional, null = velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return conditional, null
 
 
-def combine(velocity: Velocity, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor) -> Tensor:
-    """a v(c) + b v(null), like x, for a, b (B,); a branch whose coefficients are all 0 is not computed."""
+def combine(
+    velocity: Velocity, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor, both: Conditioning | None = None
+) -> Tensor:
+    """a v(c) + b v(null), like x, for a, b (B,); a branch whose coefficients are all 0 is not computed. ``both``: as
+    ``both_branches``."""
     if not bool(b.any()):
         return over_rows(a, x) * velocity(x, t, cond)
     if not bool(a.any()):
         return over_rows(b, x) * velocity(x, t, cond.null())
-    conditional, null = both_branches(velocity, x, t, cond)
+    conditional, null = both_branches(velocity, x, t, cond, both)
     return over_rows(a, x) * conditional + over_rows(b, x) * null
 
 

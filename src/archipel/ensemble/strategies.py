@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from archipel.contracts import Conditioning, Posterior, Velocity
-from archipel.ensemble.guidance import Composition, branch_weights, combine
+from archipel.ensemble.guidance import Composition, branch_weights, combine, doubled
 from archipel.ensemble.together import in_one_pass
 from archipel.ensemble.trace import Trace
 from archipel.errors import ArchipelError, LostExpertError
@@ -309,6 +309,7 @@ class Mixture:
     ) -> None:
         self.experts, self.weighting = list(experts), weighting
         self.scale, self.composition, self._trace = guidance, composition, trace
+        self._doubled: tuple[Conditioning, Conditioning] | None = None  # a batch's, and what both branches read of it
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         null_wanted = self.scale != 1 and self.composition == "guided-mixture"
@@ -351,7 +352,7 @@ class Mixture:
                     self.lose(k, float(t[0]), error.reason)
                     return None
             elif parts[number] is None:
-                parts[number] = combine(self.experts[k], x[rows], t[rows], cond[rows], a[rows, k], b[rows, k])
+                parts[number] = self._of(k, rows, x, t, cond, a[:, k], b[:, k])
             if self._trace is not None:
                 self._trace.rows[k] = self._trace.rows.get(k, 0) + len(rows) * (1 if self.scale in (0, 1) else 2)
         v = torch.zeros_like(x)
@@ -359,6 +360,16 @@ class Mixture:
             assert part is not None
             v.index_add_(0, rows, part.to(v.dtype))
         return v
+
+    def _of(self, k: int, rows: Tensor, x: Tensor, t: Tensor, cond: Conditioning, a: Tensor, b: Tensor) -> Tensor:
+        """What expert ``k`` gives for the ``rows`` (ascending): for all of them nothing is copied that every step has again."""
+        if len(rows) < len(x):
+            return combine(self.experts[k], x[rows], t[rows], cond[rows], a[rows], b[rows])
+        if self.scale in (0, 1):
+            return combine(self.experts[k], x, t, cond, a, b)
+        if self._doubled is None or self._doubled[0] is not cond:
+            self._doubled = (cond, doubled(cond))
+        return combine(self.experts[k], x, t, cond, a, b, self._doubled[1])
 
     def lose(self, k: int, t: float, reason: str) -> None:
         """Go on without expert ``k``, which failed at time t. Raises ArchipelError where there is no other."""
