@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from archipel import store
-from bench.common import BUSY, BUSY_CORES, DifferentError
+from bench.common import BUSY, BUSY_CORES, AbsentError, DifferentError
 
 GOALS = (
     "startup",
@@ -41,6 +41,7 @@ QUICK = (
     "islands",
 )
 ENGINES = ("first_step",)  # needs Ray (make setup-ray)
+CARDS = ("gpu",)  # needs a CUDA GPU
 LONG = ("representation",)  # hours; needs the emoji's package
 
 
@@ -142,7 +143,9 @@ def page(date: str, records: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=(*QUICK, *ENGINES, *LONG), help="may be given several times")
+    parser.add_argument(
+        "--only", action="append", choices=(*QUICK, *CARDS, *ENGINES, *LONG), help="may be given several times"
+    )
     parser.add_argument(
         "--goals", action="store_true", help=f"only {', '.join(GOALS)}: what there are goals of speed for"
     )
@@ -159,7 +162,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             records[name] = importlib.import_module(f"bench.{name}").run(options.small)
-        except (DifferentError, ModuleNotFoundError) as error:
+        except (AbsentError, DifferentError, ModuleNotFoundError) as error:
             print(f"{name}: {error}: nothing is reported", file=sys.stderr)
             records[name] = {"benchmark": name, "what": "not measured", "rows": [], "failed": str(error)}
             failed.append(name)

@@ -35,6 +35,10 @@ class DifferentError(RuntimeError):
     """Contenders do not give the same: nothing is timed."""
 
 
+class AbsentError(RuntimeError):
+    """What is measured on is not here: nothing is timed."""
+
+
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +257,7 @@ def finish(options: argparse.Namespace, run: Callable[[], dict[str, Any]]) -> No
     torch.set_num_threads(1)
     try:
         text = json.dumps(run(), indent=2)
-    except DifferentError as error:
+    except (DifferentError, AbsentError) as error:
         sys.exit(f"{error}: nothing is reported")
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ class Dealt:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         p = self.router(x, t, cond)
-        chosen = torch.arange(len(p)) % p.shape[1]
+        chosen = torch.arange(len(p), device=p.device) % p.shape[1]
         return (p + 2 * nn.functional.one_hot(chosen, p.shape[1])) / 3
 
 

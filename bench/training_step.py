@@ -38,7 +38,7 @@ TOLERANCE = 1e-4  # relative difference of losses over the compared steps
 DRIFT = 1e-2  # relative difference of the final weights, tensor by tensor
 
 
-def _theirs(network: Any) -> nn.Module:
+def theirs(network: Any) -> nn.Module:
     """diffusers' own class with the same weights: ours computes its blocks in another way."""
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
@@ -48,10 +48,11 @@ def _theirs(network: Any) -> nn.Module:
 
 
 class Bare:
-    """The loop that one would write by hand."""
+    """The loop that one would write by hand, on the device of ``ids``."""
 
     def __init__(self, network: nn.Module, settings: Settings, ids: Tensor) -> None:
-        self.network, self.settings, self.ids, self.step = _theirs(network).train(), settings, ids, 0
+        self.network = theirs(network).to(ids.device).train()
+        self.settings, self.ids, self.step = settings, ids, 0
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(
             [
@@ -65,16 +66,19 @@ class Bare:
         self.average = [p.detach().clone() for p in self.parameters]
         self.beta = decay(settings.ema, settings.steps)
 
-    def advance(self, batch: Batch) -> float:
+    def advance(self, batch: Batch) -> float | Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
         x, L = batch.x_t, batch.cond.tokens.shape[1]
-        mask = torch.cat([batch.cond.mask, torch.ones(len(x), len(self.ids), dtype=torch.bool)], 1)
+        mask = torch.cat([batch.cond.mask, torch.ones(len(x), len(self.ids), dtype=torch.bool, device=x.device)], 1)
         loss = self.loss(batch, x, mask, L)
         self.apply(loss)
         self.step += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, weight(self.beta, self.step))
+        return self.read(loss)
+
+    def read(self, loss: Tensor) -> float | Tensor:
         return loss.item()
 
     def loss(self, batch: Batch, x: Tensor, mask: Tensor, L: int) -> Tensor:
@@ -84,7 +88,7 @@ class Bare:
             pooled_projections=batch.cond.pooled,
             timestep=batch.t,
             img_ids=self.ids,
-            txt_ids=torch.zeros(L, 3),
+            txt_ids=torch.zeros(L, 3, device=x.device),
             joint_attention_kwargs={"attention_mask": mask[:, None, None]},
             return_dict=False,
         )[0]
@@ -107,7 +111,7 @@ class Accelerated(Bare):
         self.accelerator = Accelerator(cpu=True)
         self.network, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
 
-    def advance(self, batch: Batch) -> float:
+    def advance(self, batch: Batch) -> float | Tensor:
         with self.accelerator.accumulate(self.network):
             return super().advance(batch)
 
@@ -150,7 +154,7 @@ class Alternating(FlowObjective):
             began = common.clocks()
             found[name] = self.peers[name].advance(same)
             self.theirs[name].add(began, common.clocks())
-        self._others = [found[name] for name in self.peers]
+        self._others = [float(found[name]) for name in self.peers]
         self._began = common.clocks()
         return super().batch(step)
 

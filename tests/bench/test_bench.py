@@ -46,6 +46,15 @@ def check(record: dict[str, Any], name: str, against: set[str]) -> None:
         ("lora_experts", {"3 merged networks", "one merged network", "adapters that take turns"}),
         ("backbone_loop", {"FluxPipeline", "WanPipeline", "LTXPipeline", "HunyuanVideoPipeline"}),
         ("training_step", {"a bare loop", "accelerate's loop"}),
+        (
+            "gpu",
+            {
+                "diffusers' example loop",
+                "a tuned loop, blocks compiled",
+                "monolith",
+                *("FluxPipeline", "WanPipeline", "LTXPipeline", "HunyuanVideoPipeline"),
+            },
+        ),
     ],
 )
 def test_a_quick_benchmark_gives_a_whole_record(name: str, against: set[str]) -> None:
@@ -134,6 +143,25 @@ def test_the_page_names_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert "not installed, so not compared: no-such-peer" in text
     assert "**Nothing is reported: the two differ.**" in text
     assert "0 of 1 are met." in text and "the goal of 0.5 s" in text
+
+
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives() -> None:
+    peak_of = importlib.import_module("bench.gpu").peak_of
+    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989.4e12
+    assert peak_of("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_of("NVIDIA A100-SXM4-40GB") == peak_of("NVIDIA A100 80GB PCIe") == 312e12
+    assert (peak_of("NVIDIA L4"), peak_of("NVIDIA L40S")) == (121e12, 362e12)
+    for other in ("NVIDIA L40", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "Tesla V100-SXM2-16GB"):
+        assert peak_of(other) is None, "a peak that nobody stated would make a wrong MFU"
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = importlib.import_module("bench.gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--out", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match="no GPU here: nothing is reported"):
+        gpu.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
