@@ -54,7 +54,7 @@ from archipel.training.objective import FlowObjective
 from bench import backbone_loop, common
 from bench.sampling import arms
 from bench.top1 import inputs, networks
-from bench.training_step import Bare, make_shard
+from bench.training_step import Accelerate, Bare, make_shard
 
 WHAT = "training steps and clips on one GPU"
 EXAMPLE, TUNED = "diffusers' example loop", "a tuned loop, blocks compiled"
@@ -157,7 +157,7 @@ class Looped(Bare):
         pass
 
 
-class Example(Looped):
+class Example(Looped, Accelerate):
     """As diffusers' training examples have it."""
 
     def __init__(self, *given: Any) -> None:
@@ -170,17 +170,6 @@ class Example(Looped):
         self.network, self.optimizer = self.accelerator.prepare(
             self.network, torch.optim.AdamW(plain, lr=self.settings.lr, betas=self.settings.betas)
         )
-
-    def go(self) -> float | Tensor:
-        with self.accelerator.accumulate(self.network):
-            return super().go()
-
-    def apply(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Tuned(Looped):

@@ -101,15 +101,11 @@ class Bare:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class Accelerated(Bare):
-    """The same loop as accelerate's users write it."""
+class Accelerate(Bare):
+    """Steps as accelerate's users write them; ``accelerator``, and network and optimizer that it has prepared, come from who
+    inherits."""
 
-    def __init__(self, network: nn.Module, settings: Settings, ids: Tensor) -> None:
-        from accelerate import Accelerator
-
-        super().__init__(network, settings, ids)
-        self.accelerator = Accelerator(cpu=True)
-        self.network, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
+    accelerator: Any
 
     def advance(self, batch: Batch) -> float | Tensor:
         with self.accelerator.accumulate(self.network):
@@ -121,6 +117,17 @@ class Accelerated(Bare):
             self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Accelerated(Accelerate):
+    """The bare loop's network and optimizer through accelerate."""
+
+    def __init__(self, network: nn.Module, settings: Settings, ids: Tensor) -> None:
+        from accelerate import Accelerator
+
+        super().__init__(network, settings, ids)
+        self.accelerator = Accelerator(cpu=True)
+        self.network, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
 
 
 class After(StopFlag):
